@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import yaml
@@ -24,7 +25,7 @@ from tokenspeed_plan.planner.machines.hardware import (
     read_profile,
 )
 from tokenspeed_plan.planner.models.config import ModelConfig, load_preset
-from tokenspeed_plan.planner.passes.cost import op_class, variant_of, waiting_tokens
+from tokenspeed_plan.planner.passes.cost import ADDED, op_class, variant_of, waiting_tokens
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
@@ -34,6 +35,7 @@ NO_WAIT_US = 1e-6
 MIN_SAMPLES = 3  # samples of a class for which a line is fitted
 MIN_ERROR = 0.03
 MIN_RESIDUAL, MAX_RESIDUAL = 0.2, 20.0  # outside of these, the probe was too small
+_CLEAR = 0.5  # of its bytes' time, below which a sample's products do not bound it
 _ROUNDS = 4  # in which samples find what bounds them
 MATRIX_CLASSES = ("product", "grouped", "attention_prefill", "delta_chunk")
 PROBES = ("qwen3.5-122b-a10b", "qwen3.5-27b")
@@ -77,10 +79,7 @@ class Fit:
     errors: Mapping[str, float]
     delta_token_us: float | None = None
     matrix_residuals: Mapping[str, float] = field(default_factory=dict)
-
-    def matrix_factor(self, name: str) -> float:
-        """Of a class whose products bound it."""
-        return self.matrix_residuals.get(name, self.residuals[name])
+    prices: Mapping[str, _Price] = field(default_factory=dict)
 
 
 def probe(name: str, layers: int = LAYERS) -> ModelConfig:
@@ -208,14 +207,14 @@ def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
     waits_us: dict[str, float] = {}
     residuals: dict[str, float] = {}
     matrix: dict[str, float] = {}
+    prices: dict[str, _Price] = {}
     errors: dict[str, float] = {}
     for name in (*OP_CLASSES, *FORMAT_CLASSES, *LIBRARY_FUNCTIONS):
         own = [sample for sample in samples if sample.op_class == name]
         if not sum(sample.busy_us for sample in own):
             continue
-        line = _two_lines(own, launch_us)
-        if name in LIBRARY_FUNCTIONS:
-            line = _one_line(own, launch_us)
+        line = _price(name, own, launch_us)
+        prices[name] = line
         waits_us[name], residuals[name] = line.wait_us, line.memory
         is_bound = not all(_waits_for_memory(sample, line) for sample in own)
         if line.matrix != line.memory or (name.startswith("grouped") and is_bound):
@@ -224,7 +223,22 @@ def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
     token_us = None
     if in_turn:
         token_us = _token_us(in_turn, waits_us, residuals)
-    return Fit(waits_us, residuals, errors, token_us, matrix)
+    return Fit(waits_us, residuals, errors, token_us, matrix, prices)
+
+
+def _price(name: str, samples: Sequence[Sample], launch_us: float) -> _Price:
+    """What explains the samples of a class."""
+    if name.endswith(ADDED):
+        return _added(samples, launch_us)
+    if name in LIBRARY_FUNCTIONS:
+        return _one_line(samples, launch_us)
+    tiny = [one.measured_us for one in samples if one.busy_us < launch_us]
+    if name == "rows" and len(tiny) >= MIN_SAMPLES:
+        # Its kernels differ too much for one line: the tiny ones say what they wait, and all
+        # together what a byte takes.
+        wait_us, slope = _slope(samples, median(tiny))
+        return _Price(wait_us, _within(slope), _within(slope))
+    return _two_lines(samples, launch_us)
 
 
 class _Price(NamedTuple):
@@ -233,27 +247,67 @@ class _Price(NamedTuple):
     wait_us: float
     memory: float
     matrix: float
+    is_added: bool = False
 
     def at(self, sample: Sample) -> float:
         """The microseconds of a sample."""
-        return self.wait_us + max(self.memory * sample.memory_us, self.matrix * sample.matrix_us)
+        return self.wait_us + sum(self.busy(sample))
+
+    def busy(self, sample: Sample) -> tuple[float, float]:
+        """Of these for its bytes and for its products: the longer, or both."""
+        memory_us, matrix_us = self.memory * sample.memory_us, self.matrix * sample.matrix_us
+        if self.is_added:
+            return memory_us, matrix_us
+        if memory_us >= matrix_us:
+            return memory_us, 0.0
+        return 0.0, matrix_us
 
 
 def _two_lines(samples: Sequence[Sample], launch_us: float) -> _Price:
     """A line through the samples that wait for memory; the others have its wait, and a slope.
 
-    Few samples of a kind have no line of their own. What bounds a sample follows from the factors,
-    which follow from that: a few rounds settle it.
+    Those whose products are small begin; where these are few, those that the roofline says wait for
+    memory do. What bounds the others follows from the factors, which follow from that: a few rounds
+    settle it. Few samples of a kind have no line of their own.
     """
-    line = _one_line(samples, launch_us)
+    own = [one for one in samples if one.matrix_us < _CLEAR * one.memory_us]
+    if len(own) < len(samples) // 8:
+        own = [one for one in samples if one.matrix_us <= one.memory_us]
+    if len(own) < MIN_SAMPLES:
+        return _one_line(samples, launch_us)
+    line = _one_line(own, launch_us)
     for _ in range(_ROUNDS):
-        bytes_bound = [one for one in samples if _waits_for_memory(one, line)]
-        others = [one for one in samples if not _waits_for_memory(one, line)]
-        if min(len(bytes_bound), len(others)) < MIN_SAMPLES:
-            return line
-        wait_us, memory, _ = _one_line(bytes_bound, launch_us)
-        line = _Price(wait_us, memory, _within(_slope(others, wait_us)[1]))
+        others = [one for one in samples if _is_matrix_bound(one, line)]
+        if not others:
+            break
+        above_us = sum(max(one.measured_us - line.wait_us, 0.0) for one in others)
+        matrix = _within(above_us / sum(one.matrix_us for one in others))
+        line = line._replace(matrix=matrix)
     return line
+
+
+def _is_matrix_bound(sample: Sample, line: _Price) -> bool:
+    """By the factors so far, or since its bytes alone explain less than nine tenths of it."""
+    if sample.matrix_us < _CLEAR * sample.memory_us:
+        return False
+    if not _waits_for_memory(sample, line):
+        return True
+    return line.wait_us + line.memory * sample.memory_us < 0.9 * sample.measured_us
+
+
+def _added(samples: Sequence[Sample], launch_us: float) -> _Price:
+    """The factors of times that are added up, by weighted least squares; a call waits a launch."""
+    weighted = [((each.busy_us + launch_us) ** -2, each) for each in samples]
+    xx = sum(w * each.memory_us**2 for w, each in weighted)
+    yy = sum(w * each.matrix_us**2 for w, each in weighted)
+    xy = sum(w * each.memory_us * each.matrix_us for w, each in weighted)
+    xt = sum(w * each.memory_us * (each.measured_us - launch_us) for w, each in weighted)
+    yt = sum(w * each.matrix_us * (each.measured_us - launch_us) for w, each in weighted)
+    determinant = xx * yy - xy * xy
+    if len(samples) < MIN_SAMPLES or determinant <= 1e-9 * xx * yy:
+        return _one_line(samples, launch_us)
+    memory, matrix = (xt * yy - yt * xy) / determinant, (yt * xx - xt * xy) / determinant
+    return _Price(launch_us, _within(memory), _within(matrix), is_added=True)
 
 
 def _waits_for_memory(sample: Sample, line: _Price) -> bool:
@@ -276,13 +330,15 @@ def _within(slope: float) -> float:
 def _token_us(
     samples: Iterable[Sample], waits_us: Mapping[str, float], residuals: Mapping[str, float]
 ) -> float:
-    """What a token that waits for another one adds to the time that its class explains."""
-    extra_us = tokens = 0.0
+    """What a token that waits for another one adds to the time that its class explains.
+
+    The median: programs of many sequences come in waves, all of which wait.
+    """
+    found = []
     for sample in samples:
         known_us = waits_us[sample.op_class] + residuals[sample.op_class] * sample.busy_us
-        extra_us += sample.measured_us - known_us
-        tokens += sample.waiting_tokens
-    return max(extra_us / tokens, 0.0)
+        found.append((sample.measured_us - known_us) / sample.waiting_tokens)
+    return max(median(found), 0.0)
 
 
 def _slope(samples: Sequence[Sample], wait_us: float) -> tuple[float, float]:
@@ -453,7 +509,7 @@ def slower(
         for by_bytes in table["us"].values():
             by_bytes |= {size: round(us * factor, 2) for size, us in by_bytes.items()}
     for library in known["libraries"].values():
-        for number in library.values():
+        for number in filter(None, library.values()):
             number |= {"value": _rounded(number["value"] * factor), "source": source}
 
     def scaled(numbers: Mapping[str, Any], keys: Iterable[str]) -> dict[str, float]:
@@ -497,9 +553,9 @@ def calibrated(
     """
     launch = max(min(launch_us, result.waits_us["stream"]), NO_WAIT_US)
     waits = {name: max(wait_us - launch, 0.0) for name, wait_us in result.waits_us.items()}
-    residuals = dict(result.residuals)
+    residuals, matrix = dict(result.residuals), dict(result.matrix_residuals)
     libraries = {
-        key: {"wait": _number(waits.pop(key)), "residual": _number(residuals.pop(key))}
+        key: _library(waits.pop(key), residuals.pop(key), matrix.pop(key, None))
         for key in LIBRARY_FUNCTIONS
         if key in residuals
     }
@@ -517,10 +573,18 @@ def calibrated(
         text,
         waits=waits,
         residuals=residuals,
-        matrix_residuals=result.matrix_residuals,
+        matrix_residuals=matrix,
         errors=_errors(result, error),
     )
     return changed.model_copy(update={"measured": dict(measured)})
+
+
+def _library(wait_us: float, residual: float, matrix: float | None) -> dict[str, Any]:
+    """The price of a function: one factor, or one of its bytes and one of its products."""
+    if matrix is None:
+        return {"wait": _number(wait_us), "residual": _number(residual)}
+    memory = {"memory_residual": _number(residual)}
+    return {"wait": _number(wait_us), "residual": _number(matrix)} | memory
 
 
 def _number(value: float) -> dict[str, Any]:

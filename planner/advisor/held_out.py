@@ -14,10 +14,14 @@ MIN_STEPS = 10
 
 @dataclass(frozen=True, slots=True)
 class HeldStep:
-    """A measured step of a probe: its kernels, each with the number of its calls."""
+    """A measured step of a probe: its kernels, each with the number of its calls.
+
+    `is_whole`: they are most of the step; else it was measured for a few of its kernels.
+    """
 
     probe: str
     kernels: Sequence[tuple[int, Sample]]
+    is_whole: bool = True
 
 
 def error_share(steps: Sequence[HeldStep], launch_us: float) -> float | None:
@@ -32,7 +36,7 @@ def error_share(steps: Sequence[HeldStep], launch_us: float) -> float | None:
         if not others:
             return None
         found = fit(others, launch_us)
-        own = (step.kernels for step in steps if step.probe == probe)
+        own = (step.kernels for step in steps if step.probe == probe and step.is_whole)
         shares += (share for kernels in own if (share := _needed(kernels, found)) is not None)
     if len(shares) < MIN_STEPS:
         return None
@@ -45,11 +49,10 @@ def _needed(kernels: Iterable[tuple[int, Sample]], found: Fit) -> float | None:
     for calls, sample in kernels:
         if sample.op_class not in found.residuals or sample.waiting_tokens:
             continue
-        by_memory = found.residuals[sample.op_class] * sample.memory_us
-        by_matrix = found.matrix_factor(sample.op_class) * sample.matrix_us
+        by_memory, by_matrix = found.prices[sample.op_class].busy(sample)
         waits_us += calls * found.waits_us[sample.op_class]
-        memory_us += calls * by_memory * (by_memory >= by_matrix)
-        matrix_us += calls * by_matrix * (by_memory < by_matrix)
+        memory_us += calls * by_memory
+        matrix_us += calls * by_matrix
         measured_us += calls * sample.measured_us
     if not measured_us:
         return None

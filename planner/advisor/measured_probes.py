@@ -18,6 +18,7 @@ from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.text import first_complaint
 
 HINT = "`tokenspeed calibrate --samples FILE` writes such a file"
+MOST = 0.7  # of a step's time, of which its kernels are known
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -100,7 +101,9 @@ class Measured:
         for step in self.steps:
             samples = at_rates(map(_sample, step.kernels), before, after)
             calls = [kernel.calls for kernel in step.kernels]
-            found.append(HeldStep(step.probe, list(zip(calls, samples, strict=True))))
+            taken_us = sum(kernel.calls * kernel.measured_us for kernel in step.kernels)
+            kernels = list(zip(calls, samples, strict=True))
+            found.append(HeldStep(step.probe, kernels, taken_us > MOST * step.measured_us))
         return found
 
 

@@ -56,7 +56,7 @@ MATRIX_DTYPES = (*get_args(DType), "tf32")  # that a profile may have a rate for
 
 # The share of a large product's rate at which experts multiply full tiles, since they gather rows,
 # where nobody measured it (122B-A10B on an H200, chunks of 4,096 tokens, 2026-11-30).
-GROUPED_SHARE = 0.56
+GROUPED_SHARE = 0.62
 
 # Bounds far from any machine, within which no time and no size leaves the numbers of a float.
 SMALLEST, LARGEST = 1e-9, 1e20
@@ -71,12 +71,15 @@ Table = Mapping[int, Mapping[int, float]]  # GPUs -> bytes -> microseconds
 class LibraryPrice:
     """What a call loses besides its launch, and its busy time over the roofline's.
 
+    With `memory_residual` its bytes and its products take their times one after the other, and
+    `residual` is of the products alone.
     A function that is `asked` for is called whatever it costs.
     """
 
     wait_us: float
     residual: float
     asked: bool = False
+    memory_residual: float | None = None
 
     def is_below(self, other: LibraryPrice) -> bool:
         """Whether the other function is dearer for every load."""
@@ -116,7 +119,8 @@ class HardwareSpec:
         waits_us: what a kernel loses besides its launch, from its first load to full speed and
             back, by class of operator.
         residuals: busy time over the roofline's, by class of operator, where its bytes bound it.
-        matrix_residuals: the same where its products do, of the classes that were measured so.
+        matrix_residuals: the same where its products do, of the classes that were measured so. Of
+            attention of prompts both times are added up then.
         errors: relative error of a prediction, by kind of time.
         sources: where each number comes from.
         libraries: what functions of libraries cost, by their keys in `LIBRARY_FUNCTIONS`.
@@ -196,6 +200,7 @@ class _Number(_Section):
 class _Library(_Section):
     wait: _Number
     residual: _Number
+    memory_residual: _Number | None = None
 
 
 class _Collective(_Section):
@@ -227,7 +232,8 @@ class Profile(_Section):
         libraries = {
             f"{key}.{name}": number
             for key, library in self.libraries.items()
-            for name, number in (("wait", library.wait), ("residual", library.residual))
+            for name, number in library
+            if number is not None
         }
         return (
             self.numbers,
@@ -400,11 +406,17 @@ def to_hardware(profile: Profile) -> HardwareSpec:
         matrix_residuals=_values(profile.matrix_residuals),
         errors=_values(profile.errors),
         sources=_sources(profile),
-        libraries={
-            key: LibraryPrice(found.wait.value, found.residual.value)
-            for key, found in sorted(profile.libraries.items())
-        },
+        libraries={key: _library_price(found) for key, found in sorted(profile.libraries.items())},
         is_calibrated=bool(profile.measured),
+    )
+
+
+def _library_price(found: _Library) -> LibraryPrice:
+    memory = found.memory_residual
+    return LibraryPrice(
+        found.wait.value,
+        found.residual.value,
+        memory_residual=None if memory is None else memory.value,
     )
 
 

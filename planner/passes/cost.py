@@ -354,6 +354,9 @@ _CLASSES: tuple[tuple[str, str], ...] = (
     ("linear", "product"),
     ("embed", "rows"),
 )
+ADDED = "attention_prefill"  # whose bytes and products take their times one after the other
+# Keys beyond the mean of those that a query sees, which its tile of 128 queries multiplies too.
+DIAGONAL_TOKENS = 64
 # With up to so many rows a product waits for its weights on every machine that we know.
 MEMORY_BOUND_ROWS = 64
 
@@ -434,7 +437,10 @@ def library_time_of(
     """Predicted time of a library's function in the place of a kernel."""
     price = hardware.libraries[name]
     roof = roof_of(op, work, load, hardware)
-    busy_us, bound = roof.busy(price.residual, price.residual)
+    if price.memory_residual is not None:
+        busy_us, bound = roof.added(price.memory_residual, price.residual)
+    else:
+        busy_us, bound = roof.busy(price.residual, price.residual)
     return OpTime(hardware.launch_us + price.wait_us, busy_us, bound)
 
 
@@ -451,6 +457,15 @@ class Roof:
         if memory_us >= matrix_us:
             return memory_us, "memory"
         return matrix_us, "matrix"
+
+    def added(self, memory: float, matrix: float) -> tuple[float, Literal["memory", "matrix"]]:
+        """Both, each times its factor, and which is the longer one.
+
+        Attention of a prompt: a tile loads its queries and stores its results, with their gate,
+        while no product of it runs.
+        """
+        longer = self.busy(memory, matrix)[1]
+        return memory * self.memory_us + matrix * self.matrix_us, longer
 
 
 def roof_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec) -> Roof:
@@ -470,7 +485,11 @@ def kernel_time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec)
     rows = min(member.rows(load) for member in op.members)
     name = hardware.priced(_class_of(op.heaviest, rows, load.num_seqs), op.variant)
     roof = roof_of(op, work, load, hardware)
-    busy_us, bound = roof.busy(hardware.residuals[name], hardware.matrix_residual(name))
+    factors = hardware.residuals[name], hardware.matrix_residual(name)
+    if name == ADDED and name in hardware.matrix_residuals:
+        busy_us, bound = roof.added(*factors)
+    else:
+        busy_us, bound = roof.busy(*factors)
     if collective is None:
         wait_us = hardware.launch_us + hardware.waits_us[name]
         wait_us += op.waiting_tokens * hardware.delta_token_us
@@ -492,13 +511,19 @@ def _matrix_s(member: _Member, load: Load, hardware: HardwareSpec) -> float:
     """Seconds of the tensor cores, at the share that a product of this shape fills."""
     if member.flops is NO_AMOUNTS:
         return 0.0
-    batch = BatchSize(load.num_tokens, load.num_seqs, load.context_tokens)
-    flops = member.flops.at(batch)
+    context = load.context_tokens
+    if member.kind == "attention" and _class_of_member(member, load) == ADDED:
+        context += DIAGONAL_TOKENS * (not hardware.whole_tiles)
+    flops = member.flops.at(BatchSize(load.num_tokens, load.num_seqs, context))
     if not flops:
         return 0.0
     rates = hardware.matrix_flops_per_s
     rate = rates.get(member.matrix_dtype, rates["bf16"])
     return flops / (rate * hardware.matrix_share * _filled(member, load, hardware))
+
+
+def _class_of_member(member: _Member, load: Load) -> str:
+    return _class_of(member.kind, member.rows(load), load.num_seqs)
 
 
 def _filled(member: _Member, load: Load, hardware: HardwareSpec) -> float:
@@ -508,7 +533,8 @@ def _filled(member: _Member, load: Load, hardware: HardwareSpec) -> float:
         return 1.0
     rows = member.rows(load)
     if member.experts:
-        return _filled_by_experts(member, member.experts, rows, load.skew, num_sms)
+        large = 64 if member.matrix_dtype == "fp8" or hardware.whole_tiles else 128
+        return _filled_by_experts(member, member.experts, rows, load.skew, num_sms, large)
     if hardware.whole_tiles:
         return _filled_by_whole(rows, member.columns, num_sms)
     m, n, splits = _tile(member, rows, num_sms)
@@ -541,12 +567,15 @@ def _filled_by_whole(rows: int, columns: int, num_sms: int) -> float:
 
 
 def _filled_by_experts(
-    member: _Member, experts: _Experts, num_tokens: int, skew: float, num_sms: int
+    member: _Member, experts: _Experts, num_tokens: int, skew: float, num_sms: int, large: int
 ) -> float:
-    """The share of the tensor cores in use by the rows of experts, each of which ends in a tile."""
+    """The share of the tensor cores in use by the rows of experts, each of which ends in a tile.
+
+    Tiles have `large` rows where experts have more than 64.
+    """
     groups = max(experts.hits(num_tokens, skew), 1.0)
     rows = num_tokens * experts.per_token / experts.ways / groups
-    tile = 16 if rows <= 16 else 64
+    tile = 16 if rows <= 16 else 64 if rows <= 64 else large
     padded = tile * mean_tiles(float(f"{rows:.3g}"), tile)
     tiles = math.ceil(groups * padded / tile * member.columns / 128)
     return rows / padded * _of_waves(tiles, num_sms)
