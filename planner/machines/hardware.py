@@ -57,6 +57,7 @@ MATRIX_DTYPES = (*get_args(DType), "tf32")  # that a profile may have a rate for
 # The share of a large product's rate at which experts multiply full tiles, since they gather rows,
 # where nobody measured it (122B-A10B on an H200, chunks of 4,096 tokens, 2026-11-30).
 GROUPED_SHARE = 0.62
+GROUPED_SHARE_OF_64 = 0.56  # the same with tiles of 64 rows, as prices of other engines have it
 
 # Bounds far from any machine, within which no time and no size leaves the numbers of a float.
 SMALLEST, LARGEST = 1e-9, 1e20
@@ -174,7 +175,9 @@ class HardwareSpec:
         """Busy time over that of the tensor cores, of a kernel of a class that they bound."""
         if name in self.matrix_residuals:
             return self.matrix_residuals[name]
-        share = GROUPED_SHARE if name.startswith("grouped") else 1.0
+        share = 1.0
+        if name.startswith("grouped"):
+            share = GROUPED_SHARE_OF_64 if self.whole_tiles else GROUPED_SHARE
         return self.residuals[name] / share
 
     @property
