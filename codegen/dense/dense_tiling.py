@@ -355,10 +355,9 @@ def _few_tiles(work: Work, rows: int, columns: int) -> list[Tile]:
     ]
     filling = filling_tile(rows, columns, work.hardware.num_sms)
     first = next(tile for tile in sizes if (tile.m, tile.n) == filling)
-    if rows <= MANY_ROWS and columns <= GEMV_COLUMNS and not work.has("rms_norm"):
-        # A router has few tiles, so two programs share the depth of each. On an H200 that is the
-        # best or nearly so from 64 to 512 rows of 257 columns; more of them wait for each other.
-        first = Tile(64, 32, deep, 4, 4, splits=2)
+    if is_narrow(rows, columns) and not work.has("rms_norm"):
+        m, n, splits = NARROW_TILE
+        first = Tile(m, n, deep, 4, 4, splits=splits)
     return [first, Tile(64, 32, 64, 4, 3), Tile(32, 32, 32, 4, 2)]
 
 
@@ -372,6 +371,16 @@ def filling_tile(rows: int, columns: int, num_sms: int) -> tuple[int, int]:
         if m < 2 * rows and blocks(rows, m) * blocks(columns, n) >= MIN_FILL * num_sms:
             found = m, n
     return found
+
+
+# A router has few tiles, so two programs share the depth of each. On an H200 that is the best or
+# nearly so from 64 to 512 rows of 257 columns; more of them wait for each other.
+NARROW_TILE = (64, 32, 2)
+
+
+def is_narrow(rows: int, columns: int) -> bool:
+    """Whether a product has so few rows and columns, as that of a router."""
+    return rows <= MANY_ROWS and columns <= GEMV_COLUMNS
 
 
 def shares_depth(rows: int, columns: int, num_sms: int) -> bool:

@@ -14,7 +14,12 @@ from functools import cache
 from statistics import NormalDist
 from typing import Literal
 
-from tokenspeed_plan.codegen.dense.dense_tiling import filling_tile, shares_depth
+from tokenspeed_plan.codegen.dense.dense_tiling import (
+    NARROW_TILE,
+    filling_tile,
+    is_narrow,
+    shares_depth,
+)
 from tokenspeed_plan.codegen.tiling import GEMV_ROWS
 from tokenspeed_plan.planner.graph import LIBRARY_MARGIN, Op, OpGraph
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec, gather_us, library_us, push_us
@@ -556,6 +561,8 @@ def _tile(member: _Member, rows: int, num_sms: int) -> tuple[int, int, int]:
         if shares_depth(rows, member.columns, num_sms):
             return 64, 64, 4
         return 64, 128, 1
+    if is_narrow(rows, member.columns):
+        return NARROW_TILE
     return *filling_tile(rows, member.columns, num_sms), 1
 
 

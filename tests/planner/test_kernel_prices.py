@@ -8,7 +8,12 @@ from typing import Any, cast
 
 import pytest
 
-from tokenspeed_plan.codegen.dense.dense_tiling import _few_tiles, filling_tile
+from tokenspeed_plan.codegen.dense.dense_tiling import (
+    NARROW_TILE,
+    _few_tiles,
+    filling_tile,
+    is_narrow,
+)
 from tokenspeed_plan.planner.advisor.step_model import StepModel
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import find_hardware
@@ -20,11 +25,15 @@ MIXTURE = load_preset("qwen3.5-35b-a3b")[0]
 
 
 @pytest.mark.parametrize("rows", [40, 64, 128, 256, 500])
-@pytest.mark.parametrize("columns", [1024, 2048, 9216, 12_352])
+@pytest.mark.parametrize("columns", [257, 1024, 2048, 9216, 12_352])
 def test_the_price_has_the_tile_of_the_rule(rows: int, columns: int) -> None:
     work = SimpleNamespace(hardware=H200, dtype="bf16", has=lambda kind: False)
     first = _few_tiles(cast(Any, work), rows, columns)[0]
-    assert (first.m, first.n) == filling_tile(rows, columns, H200.num_sms)
+    if is_narrow(rows, columns):
+        assert (first.m, first.n, first.splits) == NARROW_TILE
+    else:
+        assert (first.m, first.n) == filling_tile(rows, columns, H200.num_sms)
+    assert is_narrow(rows, columns) == (columns <= 1024)
 
 
 def test_products_of_few_columns_leave_no_multiprocessor_idle() -> None:
