@@ -296,18 +296,27 @@ def _is_matrix_bound(sample: Sample, line: _Price) -> bool:
 
 
 def _added(samples: Sequence[Sample], launch_us: float) -> _Price:
-    """The factors of times that are added up, by weighted least squares; a call waits a launch."""
-    weighted = [((each.busy_us + launch_us) ** -2, each) for each in samples]
-    xx = sum(w * each.memory_us**2 for w, each in weighted)
-    yy = sum(w * each.matrix_us**2 for w, each in weighted)
-    xy = sum(w * each.memory_us * each.matrix_us for w, each in weighted)
-    xt = sum(w * each.memory_us * (each.measured_us - launch_us) for w, each in weighted)
-    yt = sum(w * each.matrix_us * (each.measured_us - launch_us) for w, each in weighted)
-    determinant = xx * yy - xy * xy
-    if len(samples) < MIN_SAMPLES or determinant <= 1e-9 * xx * yy:
+    """The wait, and the factors of times that are added up, by weighted least squares."""
+    if len(samples) < MIN_SAMPLES:
         return _one_line(samples, launch_us)
-    memory, matrix = (xt * yy - yt * xy) / determinant, (yt * xx - xt * xy) / determinant
-    return _Price(launch_us, _within(memory), _within(matrix), is_added=True)
+    weights = [(each.busy_us + launch_us) ** -2 for each in samples]
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+
+    columns = [(s.memory_us, s.matrix_us, s.measured_us) for s in samples]
+    x, y, t = (mean(column) for column in zip(*columns, strict=True))
+    xx = mean((own_x - x) ** 2 for own_x, _, _ in columns)
+    yy = mean((own_y - y) ** 2 for _, own_y, _ in columns)
+    xy = mean((own_x - x) * (own_y - y) for own_x, own_y, _ in columns)
+    xt = mean((own_x - x) * (own_t - t) for own_x, _, own_t in columns)
+    yt = mean((own_y - y) * (own_t - t) for _, own_y, own_t in columns)
+    determinant = xx * yy - xy * xy
+    if determinant <= 1e-9 * xx * yy:
+        return _one_line(samples, launch_us)
+    memory = _within((xt * yy - yt * xy) / determinant)
+    matrix = _within((yt * xx - xt * xy) / determinant)
+    return _Price(max(t - memory * x - matrix * y, 0.0), memory, matrix, is_added=True)
 
 
 def _waits_for_memory(sample: Sample, line: _Price) -> bool:

@@ -25,7 +25,7 @@ from tokenspeed_plan.planner.machines.hardware import (
     to_hardware,
 )
 from tokenspeed_plan.planner.models.config import load_preset
-from tokenspeed_plan.planner.passes.cost import Load, variant_of
+from tokenspeed_plan.planner.passes.cost import Load, Roof, variant_of
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.fp8_format import FP8, FP8_ROWS
 from tokenspeed_plan.plans.schema import KernelSpec, Param, Part
@@ -361,3 +361,26 @@ def test_intervals_are_as_wide_as_other_probes_need_them() -> None:
     assert found == pytest.approx(mean - 1.0, rel=0.2)
     assert held_out.error_share(plain, 0.9) is None
     assert held_out.error_share([plain[0], other[0]], 0.9) is None
+
+
+def test_attention_of_prompts_adds_up_its_bytes_and_its_products(tmp_path: Path) -> None:
+    """Its tiles load and store while none of their products run: no maximum explains that."""
+    name = "fa3.attention_prefill"
+    made = [
+        calibrate.Sample(each, 5.0 + 3.0 * memory_us + 1.2 * matrix_us, memory_us, matrix_us)
+        for each in ("attention_prefill", name)
+        for memory_us, matrix_us in ((2, 1), (9, 17), (36, 274), (71, 1095), (92, 182), (96, 4380))
+    ]
+    found = calibrate.fit([*made, *samples(1.8, {"stream": 1.1}, 0.0)], 0.9)
+    assert found.errors[name] == pytest.approx(0.0, abs=1e-6)
+    profile = calibrate.calibrated(calibrate.base_profile("NVIDIA H200"), found, 0.9, "a test", {})
+    path = tmp_path / "mine.yaml"
+    path.write_text(calibrate.dump(profile, "A test."), encoding="utf-8")
+    machine = find_hardware(str(path))
+    price = machine.libraries[name]
+    assert (price.wait_us, price.residual) == pytest.approx((4.1, 1.2), rel=1e-3)
+    assert price.memory_residual == pytest.approx(3.0, rel=1e-3)
+    assert machine.matrix_residual("attention_prefill") == pytest.approx(1.2, rel=1e-3)
+    roof = Roof(100.0, 50.0)
+    assert roof.added(3.0, 1.2) == (360.0, "memory")
+    assert roof.busy(1.0, 3.0) == (150.0, "matrix")
