@@ -379,8 +379,8 @@ NARROW_TILE = (64, 32, 2)
 
 
 def is_narrow(rows: int, columns: int) -> bool:
-    """Whether a product has so few rows and columns, as that of a router."""
-    return rows <= MANY_ROWS and columns <= GEMV_COLUMNS
+    """Whether a product has so few columns, as that of a router, and more than 32 rows of x."""
+    return 2 * DOT_ROWS < rows <= MANY_ROWS and columns <= GEMV_COLUMNS
 
 
 def shares_depth(rows: int, columns: int, num_sms: int) -> bool:

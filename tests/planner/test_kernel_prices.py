@@ -34,6 +34,7 @@ def test_the_price_has_the_tile_of_the_rule(rows: int, columns: int) -> None:
     else:
         assert (first.m, first.n) == filling_tile(rows, columns, H200.num_sms)
     assert is_narrow(rows, columns) == (columns <= 1024)
+    assert not is_narrow(32, columns)  # it has a tile of 16 rows
 
 
 def test_products_of_few_columns_leave_no_multiprocessor_idle() -> None:
