@@ -163,7 +163,7 @@ def _fp8_works(has_libraries: bool) -> tuple[Work, ...]:
     converted = _decode(tuple(seqs for seqs in MANY if seqs <= 256), DECODE_TOKENS)
     quantised = _decode((64, 128, 256, 512), DECODE_TOKENS)
     prompts = _prompts((1024, 2048, 4096, 8192))
-    found = (
+    found: tuple[Work, ...] = (
         Work("fp8-decode", tokens, converted, "fp8", weights="fp8", quantises=False),
         Work("fp8-rows", tokens, quantised, "fp8", weights="fp8", quantises=True),
         Work("fp8-prefill", chunk, prompts, "fp8", weights="fp8", quantises=True),
