@@ -208,8 +208,7 @@ class StepModel:
         load = self._load(tokens, seqs, middle, layout, kv_dtype)
         step = self.priced(layout, "prefill", load, depth)
         step += _exchange(self.config, self.hardware, layout, load)
-        launched_us = step.launches * self.hardware.host_launch_us
-        late_us = max(launched_us - step.total_us, 0.0)  # by which the device waits for launches
+        late_us = max(step.launches * self.hardware.host_launch_us - step.total_us, 0.0)
         step += StepTime(host=self.hardware.host_us + late_us)
         return self._as_engine(step, 0, tokens)
 
