@@ -198,7 +198,8 @@ def planned(name: str, work: Work, base: Profile, folder: Path) -> ProbePlan:
         base: the profile by whose rates plans are made, without waits and residuals.
         folder: of all plans.
     """
-    calls_libraries = work.takes == "libraries"
+    # The host calls a library from Python, which takes it longer than a launch.
+    calls_libraries = work.takes in ("libraries", "host")
     roofline = bare(base, calls_libraries)
     key = f"{name} {work!r} {prices_digest(to_hardware(roofline))}"
     target = folder / name / work.name
