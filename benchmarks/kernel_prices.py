@@ -127,7 +127,9 @@ def bare(hardware: HardwareSpec) -> HardwareSpec:
         delta_token_us=0.0,
         waits_us=dict.fromkeys(hardware.waits_us, 0.0),
         residuals=dict.fromkeys(hardware.residuals, 1.0),
+        matrix_residuals={},
         libraries={},
+        whole_tiles=True,
     )
 
 

@@ -233,12 +233,24 @@ def build_bundle(
     """
     check_kernels(model.weights, model.config, find_hardware(spec.target.gpu, spec.folder))
     parts = plan_parts(spec, model, options=options, report=report)
+    return prove(parts, cache, report)[0]
+
+
+def prove(
+    parts: Parts, cache: Path, report: Report = _silent
+) -> tuple[Compiled, Mapping[str, Built]]:
+    """The bundle of what was decided, with the tiling of each kernel by its key.
+
+    Raises:
+        SpecError: a kernel fits the target in no tiling.
+    """
     if parts.hardware.sm == 0:
-        return _bundle(parts, select_unproved(parts.candidates))
+        chosen = select_unproved(parts.candidates)
+        return _bundle(parts, chosen), chosen
     report("compiling kernels", 0, len(parts.candidates))
     reports = compile_candidates(parts.candidates, parts.hardware, cache)
     chosen = select(parts.candidates, reports, parts.hardware)
-    return _signed(_bundle(parts, chosen), reports, parts.hardware)
+    return _signed(_bundle(parts, chosen), reports, parts.hardware), chosen
 
 
 def compile_candidates(

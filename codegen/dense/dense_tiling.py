@@ -346,27 +346,51 @@ def _few_tiles(work: Work, rows: int, columns: int) -> list[Tile]:
     """The largest tiles that still fill the machine, as measured on an H200; then smaller ones."""
     wide, deep = _elements(work, 512), _elements(work, 256)
     sizes = [
+        Tile(16, 16, wide, 8, 3),
         Tile(64, 16, wide, 8, 3),
         Tile(64, 32, deep, 4, 3),
         Tile(64, 64, deep, 4, 3),
         Tile(128, 64, deep // 2, 8, 3),
         Tile(128, 128, deep // 2, 8, 3),
     ]
-    first = Tile(16, 16, wide, 8, 3)
-    for tile in sizes:
-        programs = blocks(rows, tile.m) * blocks(columns, tile.n)
-        if tile.m < 2 * rows and programs >= MIN_FILL * work.hardware.num_sms:
-            first = tile
-    if rows <= MANY_ROWS and columns <= GEMV_COLUMNS and not work.has("rms_norm"):
-        # A router has few tiles, so two programs share the depth of each. On an H200 that is the
-        # best or nearly so from 64 to 512 rows of 257 columns; more of them wait for each other.
-        first = Tile(64, 32, deep, 4, 4, splits=2)
+    filling = filling_tile(rows, columns, work.hardware.num_sms)
+    first = next(tile for tile in sizes if (tile.m, tile.n) == filling)
+    if is_narrow(rows, columns) and not work.has("rms_norm"):
+        m, n, splits = NARROW_TILE
+        first = Tile(m, n, deep, 4, 4, splits=splits)
     return [first, Tile(64, 32, 64, 4, 3), Tile(32, 32, 32, 4, 2)]
+
+
+def filling_tile(rows: int, columns: int, num_sms: int) -> tuple[int, int]:
+    """Rows and columns of the largest tile that still fills a machine, of more than 32 rows of x.
+
+    The planner prices products by it (`planner/passes/cost.py`).
+    """
+    found, *larger = (16, 16), (64, 16), (64, 32), (64, 64), (128, 64), (128, 128)
+    for m, n in larger:
+        if m < 2 * rows and blocks(rows, m) * blocks(columns, n) >= MIN_FILL * num_sms:
+            found = m, n
+    return found
+
+
+# A router has few tiles, so two programs share the depth of each. On an H200 that is the best or
+# nearly so from 64 to 512 rows of 257 columns; more of them wait for each other.
+NARROW_TILE = (64, 32, 2)
+
+
+def is_narrow(rows: int, columns: int) -> bool:
+    """Whether a product has so few columns, as that of a router, and more than 32 rows of x."""
+    return 2 * DOT_ROWS < rows <= MANY_ROWS and columns <= GEMV_COLUMNS
+
+
+def shares_depth(rows: int, columns: int, num_sms: int) -> bool:
+    """Whether four programs share the depth of a tile of FP8 times FP8."""
+    return blocks(rows, 64) * blocks(columns, 64) < 2 * num_sms
 
 
 def _quantised_tiles(work: Work, rows: int, columns: int) -> list[Tile]:
     """Tiles of FP8 times FP8: a block of the depth at a time, with a sum of its own."""
-    if blocks(rows, 64) * blocks(columns, 64) < 2 * work.hardware.num_sms:
+    if shares_depth(rows, columns, work.hardware.num_sms):
         return [Tile(64, 64, BLOCK, 4, 3, splits=4), Tile(64, 32, BLOCK, 4, 3)]
     wide = 64 if work.has("silu_mul") else 128  # two sums of a tile, and that of a block
     return [Tile(64, wide, BLOCK, 4, 4), Tile(64, 64, BLOCK, 4, 3), Tile(64, 32, BLOCK, 4, 3)]

@@ -52,7 +52,9 @@ class MachineKernels(BaseModel):
             launch_us=self.launch_us,
             waits_us=_only(own, {**hardware.waits_us, **waits}),
             residuals=_only(own, {**hardware.residuals, **residuals}),
+            matrix_residuals={},
             libraries={},
+            whole_tiles=True,
         )
 
 

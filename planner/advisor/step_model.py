@@ -208,7 +208,8 @@ class StepModel:
         load = self._load(tokens, seqs, middle, layout, kv_dtype)
         step = self.priced(layout, "prefill", load, depth)
         step += _exchange(self.config, self.hardware, layout, load)
-        step += StepTime(host=self.hardware.host_us)
+        late_us = max(step.launches * self.hardware.host_launch_us - step.total_us, 0.0)
+        step += StepTime(host=self.hardware.host_us + late_us)
         return self._as_engine(step, 0, tokens)
 
     def priced(self, layout: ParallelLayout, phase: Phase, load: Load, depth: int = 0) -> StepTime:
@@ -387,7 +388,8 @@ def host_us(steps: StepModel, seqs: int, prompts: float = 0.0) -> float:
         return 0.0
     hardware = steps.hardware
     each_us = hardware.host_seq_us * seqs + hardware.host_prompt_us * prompts
-    return hardware.host_step_us + each_us
+    prefill_us = hardware.host_prefill_us * min(prompts, 1.0)
+    return hardware.host_step_us + prefill_us + each_us
 
 
 def _exchange(

@@ -54,6 +54,11 @@ FORMAT_CLASSES = (*FP8_CLASSES, *FP4_CLASSES)
 TIME_KINDS = ("memory", "matrix", "launch", "collective", "host")
 MATRIX_DTYPES = (*get_args(DType), "tf32")  # that a profile may have a rate for
 
+# The share of a large product's rate at which experts multiply full tiles, since they gather rows,
+# where nobody measured it (122B-A10B on an H200, chunks of 4,096 tokens, 2026-11-30).
+GROUPED_SHARE = 0.62
+GROUPED_SHARE_OF_64 = 0.56  # the same with tiles of 64 rows, as prices of other engines have it
+
 # Bounds far from any machine, within which no time and no size leaves the numbers of a float.
 SMALLEST, LARGEST = 1e-9, 1e20
 Value = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
@@ -67,12 +72,15 @@ Table = Mapping[int, Mapping[int, float]]  # GPUs -> bytes -> microseconds
 class LibraryPrice:
     """What a call loses besides its launch, and its busy time over the roofline's.
 
+    With `memory_residual` its bytes and its products take their times one after the other, and
+    `residual` is of the products alone.
     A function that is `asked` for is called whatever it costs.
     """
 
     wait_us: float
     residual: float
     asked: bool = False
+    memory_residual: float | None = None
 
     def is_below(self, other: LibraryPrice) -> bool:
         """Whether the other function is dearer for every load."""
@@ -96,6 +104,8 @@ class HardwareSpec:
         host_us: host work of a step that no GPU work hides.
         host_step_us, host_seq_us, host_prompt_us: host work for a step, for each sequence of it,
             and for each prompt that it begins, which GPU work hides where that is longer.
+        host_prefill_us: the same for a step that begins prompts, however many.
+        host_launch_us: for a kernel of a prefill step, which are launched one after the other.
         link_bytes_per_s: to the other GPUs of a node, one direction, all links.
         host_bytes_per_s: between pinned memory of the host and the GPU, one direction.
         nic_bytes_per_s, nic_us: to another node, for each GPU.
@@ -109,11 +119,15 @@ class HardwareSpec:
             waits for the one before it.
         waits_us: what a kernel loses besides its launch, from its first load to full speed and
             back, by class of operator.
-        residuals: busy time over the roofline's, by class of operator.
+        residuals: busy time over the roofline's, by class of operator, where its bytes bound it.
+        matrix_residuals: the same where its products do, of the classes that were measured so. Of
+            attention of prompts both times are added up then.
         errors: relative error of a prediction, by kind of time.
         sources: where each number comes from.
         libraries: what functions of libraries cost, by their keys in `LIBRARY_FUNCTIONS`.
         is_calibrated: whether its kernels were measured on such a machine.
+        whole_tiles: whether products have 128 columns a tile, whatever that leaves idle: kernels of
+            other engines, whose prices were fitted so.
     """
 
     name: str
@@ -151,7 +165,20 @@ class HardwareSpec:
     libraries: Mapping[str, LibraryPrice] = field(default_factory=dict)
     host_step_us: float = 0.0
     host_prompt_us: float = 0.0
+    host_prefill_us: float = 0.0
+    host_launch_us: float = 0.0
     is_calibrated: bool = False
+    matrix_residuals: Mapping[str, float] = field(default_factory=dict)
+    whole_tiles: bool = False
+
+    def matrix_residual(self, name: str) -> float:
+        """Busy time over that of the tensor cores, of a kernel of a class that they bound."""
+        if name in self.matrix_residuals:
+            return self.matrix_residuals[name]
+        share = 1.0
+        if name.startswith("grouped"):
+            share = GROUPED_SHARE_OF_64 if self.whole_tiles else GROUPED_SHARE
+        return self.residuals[name] / share
 
     @property
     def borrows_prices(self) -> bool:
@@ -176,6 +203,7 @@ class _Number(_Section):
 class _Library(_Section):
     wait: _Number
     residual: _Number
+    memory_residual: _Number | None = None
 
 
 class _Collective(_Section):
@@ -196,6 +224,7 @@ class Profile(_Section):
     all_reduce: dict[str, _Collective]
     waits: dict[str, _Number]
     residuals: dict[str, _Number]
+    matrix_residuals: dict[str, _Number] = {}
     errors: dict[str, _Number]
     libraries: dict[str, _Library] = {}
     measured: dict[str, str] = {}
@@ -206,13 +235,15 @@ class Profile(_Section):
         libraries = {
             f"{key}.{name}": number
             for key, library in self.libraries.items()
-            for name, number in (("wait", library.wait), ("residual", library.residual))
+            for name, number in library
+            if number is not None
         }
         return (
             self.numbers,
             self.matrix_flops_per_s,
             self.waits,
             self.residuals,
+            self.matrix_residuals,
             self.errors,
             libraries,
         )
@@ -237,10 +268,12 @@ _NOT_NUMBERS = {
     "gather_us",
     "waits_us",
     "residuals",
+    "matrix_residuals",
     "errors",
     "sources",
     "libraries",
     "is_calibrated",
+    "whole_tiles",
 }
 _TABLES = {"one_shot", "two_shot", "push", "library", "gather"}
 _INTEGERS = {field.name for field in fields(HardwareSpec) if field.type == "int"}
@@ -249,7 +282,7 @@ NUMBERS = tuple(field.name for field in fields(HardwareSpec) if field.name not i
 _UNUSED = {"host_memory_bytes", "l2_bytes"}
 _MOST = {"gpus_per_node": 1024, "num_sms": 4096, "page_size": 4096, "prefill_chunk": 1 << 20}
 # Profiles that older versions wrote lack these, which are 0 then.
-_MAY_BE_MISSING = {"host_step_us", "host_prompt_us"}
+_MAY_BE_MISSING = {"host_step_us", "host_prompt_us", "host_prefill_us", "host_launch_us"}
 _MAY_BE_ZERO = _MAY_BE_MISSING | {
     "delta_token_us",
     "host_seq_us",
@@ -275,6 +308,8 @@ def read_profile(text: str, name: str) -> Profile:
     own = [key for key in FORMAT_CLASSES if key in profile.waits or key in profile.residuals]
     _check_names(name, "waits", (*OP_CLASSES, *own), profile.waits)
     _check_names(name, "residuals", (*OP_CLASSES, *own), profile.residuals)
+    for key in sorted(set(profile.matrix_residuals).difference(profile.residuals)):
+        raise _bad(name, f"`matrix_residuals.{key}` is unknown")
     _check_names(name, "errors", TIME_KINDS, profile.errors)
     _check_libraries(name, profile)
     _check_values(name, profile)
@@ -371,13 +406,20 @@ def to_hardware(profile: Profile) -> HardwareSpec:
         gather_us=tables.get("gather", {}),
         waits_us=_values(profile.waits),
         residuals=_values(profile.residuals),
+        matrix_residuals=_values(profile.matrix_residuals),
         errors=_values(profile.errors),
         sources=_sources(profile),
-        libraries={
-            key: LibraryPrice(found.wait.value, found.residual.value)
-            for key, found in sorted(profile.libraries.items())
-        },
+        libraries={key: _library_price(found) for key, found in sorted(profile.libraries.items())},
         is_calibrated=bool(profile.measured),
+    )
+
+
+def _library_price(found: _Library) -> LibraryPrice:
+    memory = found.memory_residual
+    return LibraryPrice(
+        found.wait.value,
+        found.residual.value,
+        memory_residual=None if memory is None else memory.value,
     )
 
 

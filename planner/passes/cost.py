@@ -14,6 +14,12 @@ from functools import cache
 from statistics import NormalDist
 from typing import Literal
 
+from tokenspeed_plan.codegen.dense.dense_tiling import (
+    NARROW_TILE,
+    filling_tile,
+    is_narrow,
+    shares_depth,
+)
 from tokenspeed_plan.codegen.tiling import GEMV_ROWS
 from tokenspeed_plan.planner.graph import LIBRARY_MARGIN, Op, OpGraph
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec, gather_us, library_us, push_us
@@ -353,6 +359,9 @@ _CLASSES: tuple[tuple[str, str], ...] = (
     ("linear", "product"),
     ("embed", "rows"),
 )
+ADDED = "attention_prefill"  # whose bytes and products take their times one after the other
+# Keys beyond the mean of those that a query sees, which its tile of 128 queries multiplies too.
+DIAGONAL_TOKENS = 64
 # With up to so many rows a product waits for its weights on every machine that we know.
 MEMORY_BOUND_ROWS = 64
 
@@ -432,18 +441,43 @@ def library_time_of(
 ) -> OpTime:
     """Predicted time of a library's function in the place of a kernel."""
     price = hardware.libraries[name]
-    memory_s, matrix_s = _roofline_s(op, work, load, hardware)
-    bound: Literal["memory", "matrix"] = "memory" if memory_s >= matrix_s else "matrix"
-    busy_us = max(memory_s, matrix_s) * 1e6 * price.residual
+    roof = roof_of(op, work, load, hardware)
+    if price.memory_residual is not None:
+        busy_us, bound = roof.added(price.memory_residual, price.residual)
+    else:
+        busy_us, bound = roof.busy(price.residual, price.residual)
     return OpTime(hardware.launch_us + price.wait_us, busy_us, bound)
 
 
-def _roofline_s(
-    op: CostedOp, work: Work, load: Load, hardware: HardwareSpec
-) -> tuple[float, float]:
-    """Seconds of the memory, and of the tensor cores."""
+@dataclass(frozen=True, slots=True)
+class Roof:
+    """Microseconds of the memory, and of the tensor cores, at their measured rates."""
+
+    memory_us: float
+    matrix_us: float
+
+    def busy(self, memory: float, matrix: float) -> tuple[float, Literal["memory", "matrix"]]:
+        """The longer of the two, each times its factor, and which one it is."""
+        memory_us, matrix_us = self.memory_us * memory, self.matrix_us * matrix
+        if memory_us >= matrix_us:
+            return memory_us, "memory"
+        return matrix_us, "matrix"
+
+    def added(self, memory: float, matrix: float) -> tuple[float, Literal["memory", "matrix"]]:
+        """Both, each times its factor, and which is the longer one.
+
+        Attention of a prompt: a tile loads its queries and stores its results, with their gate,
+        while no product of it runs.
+        """
+        longer = self.busy(memory, matrix)[1]
+        return memory * self.memory_us + matrix * self.matrix_us, longer
+
+
+def roof_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec) -> Roof:
+    """The roofline of an operator whose work is known."""
     memory_s = work.moved_bytes / hardware.read_bytes_per_s
-    return memory_s, sum(_matrix_s(member, load, hardware) for member in op.members)
+    matrix_s = sum(_matrix_s(member, load, hardware) for member in op.members)
+    return Roof(memory_s * 1e6, matrix_s * 1e6)
 
 
 def kernel_time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec) -> OpTime:
@@ -452,12 +486,15 @@ def kernel_time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec)
     if collective and op.is_collective:
         wait_us = _collective_us(collective, load, hardware)
         return OpTime(wait_us, 0.0, "collective", "collective")
-    memory_s, matrix_s = _roofline_s(op, work, load, hardware)
     # A head works on the last row of each sequence: the fewest rows that a member works on count.
     rows = min(member.rows(load) for member in op.members)
     name = hardware.priced(_class_of(op.heaviest, rows, load.num_seqs), op.variant)
-    busy_us = max(memory_s, matrix_s) * 1e6 * hardware.residuals[name]
-    bound: Literal["memory", "matrix"] = "memory" if memory_s >= matrix_s else "matrix"
+    roof = roof_of(op, work, load, hardware)
+    factors = hardware.residuals[name], hardware.matrix_residual(name)
+    if name == ADDED and name in hardware.matrix_residuals:
+        busy_us, bound = roof.added(*factors)
+    else:
+        busy_us, bound = roof.busy(*factors)
     if collective is None:
         wait_us = hardware.launch_us + hardware.waits_us[name]
         wait_us += op.waiting_tokens * hardware.delta_token_us
@@ -479,8 +516,10 @@ def _matrix_s(member: _Member, load: Load, hardware: HardwareSpec) -> float:
     """Seconds of the tensor cores, at the share that a product of this shape fills."""
     if member.flops is NO_AMOUNTS:
         return 0.0
-    batch = BatchSize(load.num_tokens, load.num_seqs, load.context_tokens)
-    flops = member.flops.at(batch)
+    context = load.context_tokens
+    if member.kind == "attention" and _class_of_member(member, load) == ADDED:
+        context += DIAGONAL_TOKENS * (not hardware.whole_tiles)
+    flops = member.flops.at(BatchSize(load.num_tokens, load.num_seqs, context))
     if not flops:
         return 0.0
     rates = hardware.matrix_flops_per_s
@@ -488,29 +527,65 @@ def _matrix_s(member: _Member, load: Load, hardware: HardwareSpec) -> float:
     return flops / (rate * hardware.matrix_share * _filled(member, load, hardware))
 
 
+def _class_of_member(member: _Member, load: Load) -> str:
+    return _class_of(member.kind, member.rows(load), load.num_seqs)
+
+
 def _filled(member: _Member, load: Load, hardware: HardwareSpec) -> float:
-    """The share of the tensor cores in use: rows are padded to a tile, tiles to a wave."""
-    if not hardware.num_sms or not member.columns:
+    """The share of the tensor cores in use: results are padded to tiles, tiles to a wave."""
+    num_sms = hardware.num_sms
+    if not num_sms or not member.columns:
         return 1.0
-    num_tokens = member.rows(load)
-    groups, rows = 1.0, float(num_tokens)
-    experts = member.experts
-    if experts:
-        groups = max(experts.hits(num_tokens, load.skew), 1.0)
-        rows = rows * experts.per_token / experts.ways / groups
-    tile = _tile_rows(rows, experts is not None)
-    padded, share = float(math.ceil(rows / tile) * tile), 1.0
-    if experts:
-        padded = tile * mean_tiles(float(f"{rows:.3g}"), tile)
-        share = GROUPED_SHARE
+    rows = member.rows(load)
+    if member.experts:
+        large = 64 if member.matrix_dtype == "fp8" or hardware.whole_tiles else 128
+        return _filled_by_experts(member, member.experts, rows, load.skew, num_sms, large)
+    if hardware.whole_tiles:
+        return _filled_by_whole(rows, member.columns, num_sms)
+    m, n, splits = _tile(member, rows, num_sms)
+    tiles = math.ceil(rows / m) * math.ceil(member.columns / n)
+    return rows * member.columns / (m * n * tiles) * _of_waves(tiles * splits, num_sms)
+
+
+def _of_waves(tiles: int, num_sms: int) -> float:
+    """The share of multiprocessors that are busy until the last of so many tiles."""
+    return tiles / (math.ceil(tiles / num_sms) * num_sms)
+
+
+def _tile(member: _Member, rows: int, num_sms: int) -> tuple[int, int, int]:
+    """Rows and columns of the tile of a product, and the programs that share its depth.
+
+    It is narrower where few would leave multiprocessors without work, as the rules have it.
+    """
+    if member.matrix_dtype == "fp8":
+        if shares_depth(rows, member.columns, num_sms):
+            return 64, 64, 4
+        return 64, 128, 1
+    if is_narrow(rows, member.columns):
+        return NARROW_TILE
+    return *filling_tile(rows, member.columns, num_sms), 1
+
+
+def _filled_by_whole(rows: int, columns: int, num_sms: int) -> float:
+    """With tiles of 128 columns, however few there are."""
+    m = 16 if rows <= 16 else 64 if rows <= 64 else 128
+    padded = math.ceil(rows / m) * m
+    return rows / padded * _of_waves(math.ceil(padded / m * columns / 128), num_sms)
+
+
+def _filled_by_experts(
+    member: _Member, experts: _Experts, num_tokens: int, skew: float, num_sms: int, large: int
+) -> float:
+    """The share of the tensor cores in use by the rows of experts, each of which ends in a tile.
+
+    Tiles have `large` rows where experts have more than 64.
+    """
+    groups = max(experts.hits(num_tokens, skew), 1.0)
+    rows = num_tokens * experts.per_token / experts.ways / groups
+    tile = 16 if rows <= 16 else 64 if rows <= 64 else large
+    padded = tile * mean_tiles(float(f"{rows:.3g}"), tile)
     tiles = math.ceil(groups * padded / tile * member.columns / 128)
-    wave = math.ceil(tiles / hardware.num_sms) * hardware.num_sms
-    return share * rows / padded * tiles / wave
-
-
-# The share of a large product's rate at which experts multiply full tiles, since they gather rows
-# (122B-A10B on an H200, chunks of 4,096 tokens).
-GROUPED_SHARE = 0.56
+    return rows / padded * _of_waves(tiles, num_sms)
 
 
 @cache
@@ -523,9 +598,3 @@ def mean_tiles(rows: float, tile: int) -> float:
     law = NormalDist(rows, math.sqrt(rows))
     most = math.ceil((rows + 4.0 * math.sqrt(rows)) / tile)
     return 1.0 + math.fsum(1.0 - law.cdf(count * tile + 0.5) for count in range(1, most + 1))
-
-
-def _tile_rows(rows: float, experts: bool) -> int:
-    if rows <= 16:
-        return 16
-    return 64 if rows <= 64 or experts else 128

@@ -59,11 +59,12 @@ def op_amounts(
     """
     members = op.members
     names = dict.fromkeys((*op.inputs, *op.outputs))
+    picked = _picked(members)
     return CallAmounts(
         products=_sum(_product_terms(graph, member) for member in members),
         mixers=_sum(_mixer_terms(graph, member) for member in members),
         weights=_sum(_weight_terms(graph, member) for member in members),
-        activations=_sum(_tensor_terms(graph.tensors[name].spec) for name in names),
+        activations=_sum(_tensor_terms(graph.tensors[name].spec, name in picked) for name in names),
         state=_sum(_state_terms(graph, member, formats, context_split) for member in members),
     )
 
@@ -120,13 +121,20 @@ def _per_row(graph: OpGraph, op: Op, amount: float) -> Amounts:
     return Amounts(per_token=amount)
 
 
-def _tensor_terms(spec: TensorSpec) -> Amounts:
+def _picked(members: Iterable[Op]) -> set[str]:
+    """Tensors of which only the last row of each sequence is read."""
+    picked = {member.inputs[0] for member in members if member.kind == "last_token"}
+    others = (member.inputs for member in members if member.kind != "last_token")
+    return picked.difference(*others)
+
+
+def _tensor_terms(spec: TensorSpec, is_picked: bool) -> Amounts:
     """Bytes of a tensor, of which at most the leading dimension is symbolic."""
     fixed = [dim for dim in spec.shape if isinstance(dim, int)]
     size = math.prod(fixed) * spec.format.bytes_per_element
-    if "num_tokens" in spec.shape:
+    if "num_tokens" in spec.shape and not is_picked:
         return Amounts(per_token=size)
-    if "num_seqs" in spec.shape:
+    if "num_seqs" in spec.shape or is_picked:
         return Amounts(per_seq=size)
     if "num_seqs+1" in spec.shape:
         return Amounts(once=size, per_seq=size)

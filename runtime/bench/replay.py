@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ class Options:
 
 
 DEFAULT_CONTEXT = 1024
+LEAST_US = 1e-3  # of a call, where calls share a time
 ROUND_US = 5e5  # that a round of replays takes, at most
 
 
@@ -247,9 +249,7 @@ class Replay:
         replay = captured(lambda: separate.run(self.program, *self._size), self.device)
         self.reset()
         names = [self._launched_as(call) for call in calls]
-        found = kernel_times_us(replay, set(names))
-        assert [name for name, _ in found] == names, "lost a kernel"
-        return [time for _, time in found]
+        return times_of(names, kernel_times_us(replay, set(names)), calls)
 
     def _launched_as(self, call: Call) -> str:
         """The name of what the call launches."""
@@ -266,6 +266,31 @@ class Replay:
     def _calls_library(self, call: Call) -> bool:
         backend = self.executor.backend
         return isinstance(backend, KernelBackend) and backend.library_of(call) is not None
+
+
+def times_of(names: Seq[str], found: Seq[tuple[str, float]], calls: Seq[Call]) -> list[float]:
+    """The time of each call.
+
+    Calls of libraries that follow each other are found as one, since all that they launch has other
+    names than our kernels: they share its time as their predictions do.
+
+    Args:
+        names: of what each call launches.
+        found: names and microseconds, in order.
+        calls: of the program.
+    """
+    runs: list[list[int]] = []
+    for index, name in enumerate(names):
+        if name == LIBRARY and index and names[index - 1] == LIBRARY:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    assert [name for name, _ in found] == [names[run[0]] for run in runs], "lost a kernel"
+    times = []
+    for run, (_, time) in zip(runs, found, strict=True):
+        predicted = [max(calls[index].predicted_us, LEAST_US) for index in run]
+        times += [time * each / sum(predicted) for each in predicted]
+    return times
 
 
 def _own_slots(start: int, limits: Limits) -> list[int]:
