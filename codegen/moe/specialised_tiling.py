@@ -1,4 +1,4 @@
-"""Grouped products of experts by warps that load, and warps that multiply: Hopper, bf16."""
+"""Grouped products of experts by warps that load, and warps that multiply: Hopper, bf16 and FP8."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from tokenspeed_plan.codegen.tiling import Tiling, Work, fixed, up2
 from tokenspeed_plan.codegen.tuned import Tile
+from tokenspeed_plan.plans.fp8_format import BLOCK
 from tokenspeed_plan.plans.types import Constant, TensorSpec
 
 WARPS = 12  # four load, two groups of four multiply: no other kernel has so many
@@ -32,9 +33,14 @@ def specialised_tiling(
 ) -> Tiling:
     """A program for each multiprocessor."""
     columns, experts = int(sizes["N"]), int(sizes["EXPERTS"])
-    halves: dict[str, Constant] = {"GAP": LINES // 2, "LINES": columns}
+    lines = LINES
+    if work.quantised:  # two sums of a tile are in a thread's registers
+        lines = LINES // 2
+    halves: dict[str, Constant] = {"GAP": lines // 2, "LINES": columns, "WIDTH": lines}
     if is_up:
-        halves = {"GAP": columns, "LINES": 2 * columns}
+        halves = {"GAP": columns, "LINES": 2 * columns, "WIDTH": lines // 2}
+    if work.quantised:
+        halves["BLOCK"] = BLOCK
     # Few long tiles are asked for, so that all programs end together; short ones are dealt out.
     scratch: dict[str, TensorSpec] = {}
     if is_up:
@@ -48,13 +54,17 @@ def specialised_tiling(
             "N": columns,
             "STAGES": tile.num_stages,
             "TOP_K": sizes["TOP_K"],
-            "WIDTH": _width(is_up),
         }
         | halves,
         grid=(fixed(max(work.hardware.num_sms, 1)),),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        options={"silu_mul": is_up, "asks": is_up, "x": "x" if is_up else "h"},
+        options={
+            "silu_mul": is_up,
+            "asks": is_up,
+            "x": "x" if is_up else "h",
+            "quantised": work.quantised,
+        },
         scratch=scratch,
     )
 
