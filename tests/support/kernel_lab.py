@@ -75,8 +75,10 @@ EXPERTS_IN_BLOCKS = {
     "num_experts": 4,
 }
 WIDE_EXPERTS = {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 4}
+WIDE_IN_BLOCKS = {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 256}
 LAB_KINDS = KINDS | {
     "wide experts": Kind(sizes=WIDE_EXPERTS),  # tiles of 256 lines, four steps deep
+    "wide experts in blocks": Kind(sizes=IN_BLOCKS | WIDE_EXPERTS | WIDE_IN_BLOCKS),
     "blocks": Kind(sizes=IN_BLOCKS | EXPERTS_IN_BLOCKS),
     "dense blocks": Kind(moe=False, sizes=IN_BLOCKS | {"intermediate_size": 384}),
     "odd": Kind(sizes={"vocab_size": 700, "hidden_size": 64}),  # tokens: no multiple of a block
