@@ -92,7 +92,7 @@ def test_a_broken_specialised_product_is_caught(kind: str, old: str, new: str) -
         ("grouped_up", "is_gate, w_factor, up_factor", "is_gate, up_factor, w_factor"),
         ("grouped_up", "column * WIDTH // BLOCK", "column"),
         ("grouped_up", "2 * s + HALF).load", "2 * s).load"),
-        ("grouped_down", "use_acc=False", "use_acc=True"),
+        ("grouped_down", "acc += step_sum", "acc = step_sum"),
         ("grouped_down", "next_begin + both, mask", "next_begin, mask"),
         ("grouped_down", "factors + step", "factors"),
     ],
