@@ -54,6 +54,13 @@ VLLM_MODEL = {  # a folder with a config and no weights, as text, with what is t
     "attention_backend": "FLASH_ATTN",
     "gdn_prefill_backend": "triton",
 }
+KEPT_IN_BF16 = (  # of a layer, in the published FP8 files
+    "linear_attn.conv1d",
+    "linear_attn.in_proj_a",
+    "linear_attn.in_proj_b",
+    "mlp.gate",
+    "mlp.shared_expert_gate",
+)
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -169,10 +176,8 @@ def vllm_config(config: Path, folder: str, weights: str = "bf16") -> dict[str, A
 def fp8_blocks(text: dict[str, Any]) -> dict[str, Any]:
     """What the published FP8 files say of their weights: blocks, and what stays in bf16."""
     kept = ["lm_head", "model.language_model.embed_tokens"]
-    parts = ("linear_attn.conv1d", "linear_attn.in_proj_a", "linear_attn.in_proj_b")
-    parts += ("mlp.gate", "mlp.shared_expert_gate")
     for layer in range(text["num_hidden_layers"]):
-        kept += [f"model.language_model.layers.{layer}.{part}" for part in parts]
+        kept += [f"model.language_model.layers.{layer}.{part}" for part in KEPT_IN_BF16]
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
