@@ -33,10 +33,11 @@ WARM_UP = 8  # tokens that are not counted
 TIME_LIMIT_S = 600
 REPEATS = 3
 VISION = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 1}  # never built
-VLLM = {  # in one process, without a network, without FlashInfer's sampler
+VLLM = {  # in one process, without a network, without what compiles kernels while it runs
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_USE_DEEP_GEMM": "0",
+    "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_HOST_IP": "127.0.0.1",
@@ -53,6 +54,13 @@ VLLM_MODEL = {  # a folder with a config and no weights, as text, with what is t
     "attention_backend": "FLASH_ATTN",
     "gdn_prefill_backend": "triton",
 }
+KEPT_IN_BF16 = (  # of a layer, in the published FP8 files
+    "linear_attn.conv1d",
+    "linear_attn.in_proj_a",
+    "linear_attn.in_proj_b",
+    "mlp.gate",
+    "mlp.shared_expert_gate",
+)
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -144,8 +152,14 @@ def timed(run: Step, token: torch.Tensor) -> float:
     return time.perf_counter() - begun
 
 
-def vllm_config(config: Path, folder: str) -> dict[str, Any]:
-    """Write a preset as vLLM wants it into a folder; returns the text model's part."""
+def vllm_config(config: Path, folder: str, weights: str = "bf16") -> dict[str, Any]:
+    """Write a preset as vLLM wants it into a folder; returns the text model's part.
+
+    Args:
+        config: the preset's config.json.
+        folder: where it is written.
+        weights: `bf16`, or `fp8` as in the published files.
+    """
     made = json.loads(config.read_text())
     text: dict[str, Any] = made["text_config"]
     made["architectures"] = [f"Qwen3_5{'Moe' * ('num_experts' in text)}ForConditionalGeneration"]
@@ -153,8 +167,24 @@ def vllm_config(config: Path, folder: str) -> dict[str, Any]:
         "vision_config": VISION | {"out_hidden_size": text["hidden_size"]},
         "dtype": "bfloat16",
     }
+    if weights == "fp8":
+        made["quantization_config"] = fp8_blocks(text)
     Path(folder, "config.json").write_text(json.dumps(made))
     return text
+
+
+def fp8_blocks(text: dict[str, Any]) -> dict[str, Any]:
+    """What the published FP8 files say of their weights: blocks, and what stays in bf16."""
+    kept = ["lm_head", "model.language_model.embed_tokens"]
+    for layer in range(text["num_hidden_layers"]):
+        kept += [f"model.language_model.layers.{layer}.{part}" for part in KEPT_IN_BF16]
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": kept,
+    }
 
 
 def vllm_peer(config: Path, context: int, tokens: int, borrow: bool) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Tokens a second of a batch: plans on one GPU, and vLLM on another at the same time.
 
     python benchmarks/throughput.py --config CONFIG.json --ours DIR:ROWS ... --vllm SEQS:ROWS ...
-        [--gpus 0,1] [--vllm-site FOLDER] [--vllm-limit S] [--vllm-log FILE]
+        [--gpus 0,1] [--vllm-weights fp8] [--vllm-site FOLDER] [--vllm-limit S]
+        [--vllm-log FILE]
 
 ROWS are `768x1024x256` (rows, tokens in, tokens out), `2000~1024x256` (log-normal around these:
 a 95th percentile of 2.3 times the mean, at most six times), `800x200x200+2000` (all prompts begin
@@ -120,7 +121,7 @@ class Vllm:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         cases = [Case.of(text, folder).for_vllm() for text in options.vllm]
-        job = {"config": str(options.config), "cases": cases}
+        job = {"config": str(options.config), "weights": options.vllm_weights, "cases": cases}
         (folder / "vllm.json").write_text(json.dumps(job), encoding="utf-8")
         self.results, self.log = folder / "figures.jsonl", options.vllm_log or folder / "vllm.log"
         self.results.touch()
@@ -170,6 +171,7 @@ def main() -> None:
     parser.add_argument("--vllm", action="append", default=[], metavar="SEQS:ROWS")
     parser.add_argument("--gpus", default="0", help="ours runs on the first, vLLM on the last")
     parser.add_argument("--vllm-site", type=Path, help="a folder with vLLM's packages")
+    parser.add_argument("--vllm-weights", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--vllm-limit", type=float, default=330.0, help="seconds for its start too")
     parser.add_argument("--vllm-log", type=Path, help="where its output is kept")
     options = parser.parse_args()

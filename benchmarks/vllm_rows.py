@@ -2,8 +2,9 @@
 
     python benchmarks/vllm_rows.py JOB.json FIGURES.jsonl
 
-JOB has `config`, a preset's config.json, and `cases`: sequences at once (`seqs`), a name (`rows`),
-tokens with which all prompts begin (`shared`), and [tokens in, tokens out] of each row (`lengths`).
+JOB has `config`, a preset's config.json, its `weights` (bf16, or fp8 as they are published), and
+`cases`: sequences at once (`seqs`), a name (`rows`), tokens with which all prompts begin
+(`shared`), and [tokens in, tokens out] of each row (`lengths`).
 vLLM starts once, for the most sequences of any case, and its scheduler is limited to fewer for the
 others. Figures are appended as they come, a JSON line each. Nothing of ours is imported, whose
 packages may be other versions than vLLM's.
@@ -35,9 +36,10 @@ def figures(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     cases: Sequence[Case] = job["cases"]
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        vocab_size = vllm_config(Path(job["config"]), folder)["vocab_size"]
+        vocab_size = vllm_config(Path(job["config"]), folder, job["weights"])["vocab_size"]
         from vllm import LLM, __version__
 
+        spread_fp8()
         engine = LLM(
             folder,
             **VLLM_MODEL,
@@ -56,6 +58,24 @@ def figures(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "out_per_s": round(made / wall_s, 1),
             "wall_s": round(wall_s, 2),
         }
+
+
+def spread_fp8() -> None:
+    """Let the FP8 weights that vLLM makes up fill their range.
+
+    Between -0.001 and 0.001, as it makes them, nearly all would be zero. Their factors stay so
+    small, and weights are as large as those in bf16.
+    """
+    from vllm.model_executor.model_loader import weight_utils
+
+    plain = weight_utils.initialize_single_dummy_weight
+
+    def wide(param: Any, low: float = -1e-3, high: float = 1e-3, seed: int = 1234) -> None:
+        if param.dtype.itemsize == 1:
+            low, high = -1.0, 1.0
+        plain(param, low, high, seed)
+
+    weight_utils.initialize_single_dummy_weight = wide
 
 
 def longest(case: Case) -> int:

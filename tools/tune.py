@@ -438,6 +438,8 @@ class Samples(Chain):
     def _operand(self, param: Param) -> Tensor:
         spec = param.tensor
         shape = spec.bind(*self.rows)
+        if param.name.endswith("cu_seqlens"):  # rows of the first sequences, one each
+            return torch.arange(shape[0], dtype=torch.int32, device="cuda")
         if spec.dtype in ("i32", "i64"):
             return torch.zeros(shape, dtype=TORCH_DTYPES[spec.dtype], device="cuda")
         if spec.format == FP8:

@@ -338,7 +338,11 @@ def _group_tiles(work: Work, pairs: int, columns: int, depth: int) -> list[Tile]
         return [Tile(32, 64, 64, 8, 1)]
     if work.quantised and pairs > 32:
         wide = 64 if _is_up(work) else 128  # two sums of a tile, and that of a block
+        ahead: list[Tile] = []
+        if pairs > MANY_PAIRS:
+            ahead = specialised_tiling.specialised_tile(work, columns, depth, _is_up(work))
         return [
+            *ahead,
             *_staying_tiles(work, pairs, depth),
             Tile(64, wide, BLOCK, 4, 3),
             Tile(64, 64, BLOCK, 4, 3),

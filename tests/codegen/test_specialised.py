@@ -22,8 +22,13 @@ from tokenspeed_plan.plans.schema import GridDim
 
 # Three of four experts have 153 pairs each: a whole tile and half of one.
 ALL = Case("prefill", (3, 227), (0, 9), "bf16", "wide experts", "H200")
+IN_FP8 = replace(ALL, kind="wide experts in blocks", fp8=True, quantises=True)
+TILES = {"bf16": Tile(128, 128, 64, WARPS, 4), "fp8": Tile(128, 128, 128, WARPS, 4)}
 CASES = {
     "all experts": ALL,
+    "all experts in FP8": IN_FP8,
+    "half tiles only in FP8": replace(IN_FP8, lengths=(64,), before=(0,)),
+    "experts of a rank in FP8": replace(IN_FP8, layout=ParallelLayout(2, 1, 2)),
     "half tiles only": replace(ALL, lengths=(64,), before=(0,)),
     "experts of a rank": replace(ALL, layout=ParallelLayout(2, 1, 2)),
 }
@@ -32,7 +37,7 @@ PROGRAMS = 3  # each takes several tiles
 
 
 def specialised(case: Case, kind: str) -> Built:
-    built = tiled(case, kind, Tile(128, 128, 64, WARPS, 4))
+    built = tiled(case, kind, TILES["fp8" if case.fp8 else "bf16"])
     assert built.kernel.launch is not None
     assert built.kernel.launch.template == "grouped_specialised"
     launch = built.kernel.launch.model_copy(update={"grid": (GridDim(fixed=PROGRAMS),)})
@@ -76,5 +81,26 @@ def test_specialised_products_equal_their_references(name: str, kind: str) -> No
     ],
 )
 def test_a_broken_specialised_product_is_caught(kind: str, old: str, new: str) -> None:
-    built = broken(specialised(ALL, kind), old, new)
-    assert any(not error <= allowed(ALL, name) for name, error in differences(built, ALL))
+    assert is_caught(ALL, kind, old, new)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [
+        ("grouped_up", "j * GAP * K", "j * 64 * K"),
+        ("grouped_up", "is_gate, w_factor, up_factor", "is_gate, up_factor, w_factor"),
+        ("grouped_up", "column * WIDTH // BLOCK", "column"),
+        ("grouped_up", "2 * s + HALF).load", "2 * s).load"),
+        ("grouped_down", "acc += step_sum", "acc = step_sum"),
+        ("grouped_down", "next_begin + both, mask", "next_begin, mask"),
+        ("grouped_down", "factors + step", "factors"),
+    ],
+)
+def test_a_broken_specialised_product_in_fp8_is_caught(kind: str, old: str, new: str) -> None:
+    assert is_caught(IN_FP8, kind, old, new)
+
+
+def is_caught(case: Case, kind: str, old: str, new: str) -> bool:
+    built = broken(specialised(case, kind), old, new)
+    return any(not error <= allowed(case, name) for name, error in differences(built, case))

@@ -437,10 +437,12 @@ def test_the_trained_model_loses_little(tmp_path: Path) -> None:
     assert ids.numel() >= 2048
     before, after = loss_of(DEMO, ids), loss_of(plain, ids)
     assert 1.0 < before < 4.0
+    print(f"weights in FP8: {after / before - 1:+.3%} of {before:.3f} nats")
     assert before != after
     assert abs(after / before - 1) < 0.005
     with quantised_activations(vocab_size=2048):
         both = loss_of(plain, ids)
+    print(f"activations, too: {both / before - 1:+.3%}")
     assert both != after
     assert abs(both / before - 1) < 0.005
     wanted = ids_of(plain)
@@ -452,5 +454,6 @@ def test_the_trained_model_loses_little(tmp_path: Path) -> None:
     assert sum(one == two for one, two in pairs) >= 0.5 * len(pairs)
     round_head(plain, tmp_path / "rounded")
     with_head = loss_of(tmp_path / "rounded", ids)
+    print(f"weights and head: {with_head / before - 1:+.3%}")
     assert with_head != after
     assert abs(with_head / before - 1) < 0.005

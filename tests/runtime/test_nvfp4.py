@@ -425,6 +425,7 @@ def test_the_trained_model_loses_little(tmp_path: Path) -> None:
     write_plain(DEMO, tmp_path / "fp4", tmp_path / "plain", experts=8)
     ids = held_out_ids()
     before, after = loss_of(DEMO, ids), loss_of(tmp_path / "plain", ids)
+    print(f"weights in NVFP4: {after / before - 1:+.3%} of {before:.3f} nats")
     assert before != after
     assert abs(after / before - 1) < 0.03
     assert ids_of(tmp_path / "fp4") == ids_of(tmp_path / "plain")

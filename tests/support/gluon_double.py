@@ -46,6 +46,13 @@ class Pointer:
     def __add__(self, other: Value) -> Pointer:
         return Pointer(self.memory, self.offsets + other)
 
+    def to(self, dtype: torch.dtype) -> Pointer:
+        """To elements of another type, up to the end of the memory that was allocated."""
+        stored = torch.empty(0, dtype=torch.uint8).set_(self.memory.untyped_storage())
+        begin = (self.memory.storage_offset() + int(self.offsets)) * self.memory.itemsize
+        end = begin + (len(stored) - begin) // dtype.itemsize * dtype.itemsize
+        return Pointer(stored[begin:end].view(dtype))
+
 
 class Barrier:
     """Completes a phase when it was told `count` times."""
@@ -119,12 +126,15 @@ def allocate(dtype: torch.dtype, shape: Sequence[int], layout: Layout) -> Shared
     if isinstance(layout, BarrierLayout):
         return Barriers(shape[0])
     if dtype.is_floating_point:
-        return Shared(torch.full(list(shape), float("nan"), dtype=dtype))
+        return Shared(torch.full(list(shape), float("nan")).to(dtype))
     return Shared(torch.full(list(shape), -1, dtype=dtype))
 
 
 def load(pointer: Pointer, mask: Value | None = None, other: Value = 0) -> Tensor:
     offsets = torch.as_tensor(pointer.offsets).long()
+    if pointer.memory.dtype == torch.float8_e4m3fn:  # PyTorch chooses among its bytes only
+        found = load(Pointer(pointer.memory.view(torch.uint8), offsets), mask, other)
+        return found.view(torch.float8_e4m3fn)
     if mask is None:
         return pointer.memory[offsets]
     ok, offsets = torch.broadcast_tensors(torch.as_tensor(mask), offsets)
@@ -173,9 +183,10 @@ def arrive_behind_copies(barrier: Barrier, increment_count: bool) -> None:
     barrier.arrive(OWN.warps * WARP_THREADS)
 
 
-def multiply(a: Shared, b: Shared, acc: Tensor, is_async: bool) -> Tensor:
+def multiply(a: Shared, b: Shared, acc: Tensor, is_async: bool, use_acc: bool = True) -> Tensor:
     assert is_async
-    OWN.products.append(lambda: acc.add_(a.data.float() @ b.data.float()))
+    kept = float(use_acc)
+    OWN.products.append(lambda: acc.mul_(kept).add_(a.data.float() @ b.data.float()))
     return acc
 
 
@@ -262,8 +273,10 @@ LANGUAGE: dict[str, Any] = {
     "constexpr": object,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
+    "float8e4nv": torch.float8_e4m3fn,
     "int32": torch.int32,
     "int64": torch.int64,
+    "pointer_type": lambda dtype: dtype,
     "static_range": range,
     "to_tensor": int,
     "program_id": lambda axis: PLACE.program,

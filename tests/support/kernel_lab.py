@@ -76,8 +76,17 @@ EXPERTS_IN_BLOCKS = {
     "num_experts": 4,
 }
 WIDE_EXPERTS = {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 4}
+WIDE_IN_BLOCKS = {  # and for two ranks
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 LAB_KINDS = KINDS | {
     "wide experts": Kind(sizes=WIDE_EXPERTS),  # tiles of 256 lines, four steps deep
+    "wide experts in blocks": Kind(sizes=IN_BLOCKS | WIDE_EXPERTS | WIDE_IN_BLOCKS),
     "blocks": Kind(sizes=IN_BLOCKS | EXPERTS_IN_BLOCKS),
     "dense blocks": Kind(moe=False, sizes=IN_BLOCKS | {"intermediate_size": 384}),
     "odd": Kind(sizes={"vocab_size": 700, "hidden_size": 64}),  # tokens: no multiple of a block
