@@ -66,7 +66,7 @@ def random_spec(dice: random.Random) -> Json:
 
 def _workload(dice: random.Random) -> Json:
     turns = dice.choice((1, 1, 4))
-    load = {
+    load: Json = {
         "kind": dice.choice(("agentic", "batch")),
         "first_turn_tokens": dice.choice((1, *[1000] * 5, *[30_000] * 3, 300_000)),
         "turn_tokens": 200 * (turns > 1),
