@@ -48,7 +48,7 @@ class Node:
         position: int,
         page: int,
     ) -> None:
-        # Each page of each prompt is one: this takes a third of the time of a generated one.
+        # Each page of each prompt is one: a generated one, with its containers, takes 1.6 x.
         self.parent = parent
         self.digest = digest
         self.token_ids = token_ids
