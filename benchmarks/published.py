@@ -9,6 +9,7 @@ values), in its post of 2026-05-27 and the references of its CI; SGLang and vLLM
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from dataclasses import dataclass
@@ -16,14 +17,18 @@ from pathlib import Path
 
 from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
 from tokenspeed_plan.planner.advisor.engine_profile import Engine, load_engine, terms_us
+from tokenspeed_plan.planner.advisor.load_judge import Deployment
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.step_model import StepModel
-from tokenspeed_plan.planner.advisor.workload import ACCEPTANCE, tokens_per_step
+from tokenspeed_plan.planner.advisor.workload import ACCEPTANCE, conversation, tokens_per_step
 from tokenspeed_plan.planner.commands.predict import search
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import load_preset
 from tokenspeed_plan.planner.spec import Spec
+from tokenspeed_plan.runtime.simulation.load import Turns, Users
+from tokenspeed_plan.runtime.simulation.load_results import Simulated
+from tokenspeed_plan.runtime.simulation.load_run import simulate
 
 ENGINES = Path(__file__).parent / "engines"
 THEIRS = load_engine(ENGINES / "tokenspeed.yaml")
@@ -34,6 +39,7 @@ THEIRS = load_engine(ENGINES / "tokenspeed.yaml")
 SKEW = 0.7
 CONFIG = load_preset("qwen3.5-397b-a17b")[0]
 DRAFTS = 3
+TURNS = (10, 15)  # of a conversation
 
 
 @dataclass(frozen=True)
@@ -44,15 +50,16 @@ class Point:
     decode_tokens_per_s_user: float
     total_tokens_per_s_gpu: float
     chunk: int
+    conversations: int  # of its run, by the recipe of its CI
 
 
 POINTS = (
-    Point("B200", 8, 1, 580, 4_500, 2048),
-    Point("GB200", 4, 1, 530, 11_600, 8192),
-    Point("GB200", 4, 2, 420, 17_800, 8192),
-    Point("GB200", 4, 4, 270, 24_400, 8192),
-    Point("GB200", 4, 8, 160, 31_600, 8192),
-    Point("GB200", 4, 16, 78, 29_000, 8192),
+    Point("B200", 8, 1, 580, 4_500, 2048, 2),
+    Point("GB200", 4, 1, 530, 11_600, 8192, 4),
+    Point("GB200", 4, 2, 420, 17_800, 8192, 8),
+    Point("GB200", 4, 4, 270, 24_400, 8192, 8),
+    Point("GB200", 4, 8, 160, 31_600, 8192, 16),
+    Point("GB200", 4, 16, 78, 29_000, 8192, 32),
 )
 LONG = ((131_072, 530), (262_144, 495), (1_048_576, 445))
 MEASURED = (  # batch, context, chunk, milliseconds
@@ -122,6 +129,51 @@ def agentic() -> None:
             f"\nTheir engine, `{name}`: mean absolute error {statistics.mean(each):.0%}, "
             f"{inside[name]} of {len(each)} inside the interval."
         )
+
+
+def as_it_was_run() -> None:
+    """The same points as loads: so many conversations of 10 to 15 turns, from first to last.
+
+    The rates have the users who begin together and those who are left at the end in them.
+    """
+    print(
+        "| GPUs, concurrency, conversations | published, tokens/s a user | their engine, simulated "
+        "| published, tokens/s a GPU | their engine, simulated | hits |"
+    )
+    print("| --- |" + " --- |" * 5)
+    errors: list[tuple[float, float]] = []
+    for point in POINTS:
+        found = simulated(point)
+        tokens = sum(each.prompt_tokens + each.output_tokens for each in found.answers)
+        cached = sum(each.cached_tokens for each in found.answers)
+        prompts = sum(each.prompt_tokens for each in found.answers)
+        decode = 1.0 / statistics.mean(each.tpot_s for each in found.answers)
+        total = tokens / found.total_s / point.tp
+        truths = point.decode_tokens_per_s_user, point.total_tokens_per_s_gpu
+        errors.append((abs(decode / truths[0] - 1), abs(total / truths[1] - 1)))
+        print(
+            f"| TP{point.tp} {point.gpu}, {point.concurrency}, {point.conversations} "
+            f"| {truths[0]} | {off(decode, truths[0])} | {truths[1]} | {off(total, truths[1])} "
+            f"| {cached / prompts:.1%} |"
+        )
+    means = [statistics.mean(each) for each in zip(*errors, strict=True)]
+    print(f"\nMean absolute error: decode {means[0]:.0%}, throughput {means[1]:.0%}.")
+
+
+def simulated(point: Point) -> Simulated:
+    """Their engine's steps under our scheduler; the front end is waited for between two turns."""
+    wanted = spec(point.gpu, point.tp, point.concurrency)
+    longest = wanted.workload.model_copy(update={"turns": TURNS[1]})
+    predictor = Predictor(
+        wanted.model_copy(update={"workload": longest}), CONFIG, find_hardware(point.gpu), THEIRS
+    )
+    knobs = Knobs(point.chunk, 64, DRAFTS, "fp8")
+    candidate = Candidate(ParallelLayout(point.tp, point.tp, 1), knobs)
+    one, dice = Deployment(predictor, candidate, {}), random.Random(0)
+    talks = [Turns(50_000, 800, (500,) * dice.randint(*TURNS)) for _ in range(point.conversations)]
+    wait_s = THEIRS.first_token_us(conversation(longest).later.prompt_tokens) * 1e-6
+    load = Users(talks, point.concurrency, 0.0, wait_s, CONFIG.vocab_size)
+    return simulate(one.outline, one.times, load, predictor.acceptance)
 
 
 def by_term() -> None:
@@ -314,6 +366,7 @@ def speed() -> None:
 def main() -> None:
     for title, part in (
         ("Agentic workload: 50K, then 800 a turn, 500 out, 12 turns", agentic),
+        ("As loads, from their first conversation to their last", as_it_was_run),
         ("A decode step of theirs by term", by_term),
         ("SGLang and vLLM", others),
         ("Long context", long_context),

@@ -63,12 +63,14 @@ def step_output(program: Program, outputs: tuple[list[int], ...], index: int) ->
         outputs: the values of `host_outputs`.
         index: the sequence's place in the batch.
     """
-    names = host_outputs(program)
-    values = dict(zip(names, outputs, strict=True))
+    query_len = program.query_len
+    if query_len == 1 and not program.depth:
+        return StepOutput([outputs[0][index]], index, [])
+    values = dict(zip(host_outputs(program), outputs, strict=True))
     num_accepted = 0
-    if program.query_len > 1:
+    if query_len > 1:
         num_accepted = values["accepted"][index]
-    first = index * program.query_len
+    first = index * query_len
     end = first + 1 + num_accepted
     drafts: list[int] = []
     if program.depth:

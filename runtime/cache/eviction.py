@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from operator import itemgetter
 
 from tokenspeed_plan.runtime.cache.prefix_tree import (
     Node,
@@ -114,9 +115,10 @@ class Checkpoints:
             return next(filter(is_candidate, self.nodes), None)
         if len(self.nodes) <= FEW:
             self._heap, self._passed, self._num_victims_left = [], [], 0
-            victim = min(filter(is_candidate, self.nodes), key=self._worth, default=None)
-            if victim is not None:
-                self.clock = self._worth(victim)
+            worths = [(self._worth(node), node) for node in self.nodes if is_candidate(node)]
+            if not worths:
+                return None
+            self.clock, victim = min(worths, key=itemgetter(0))
             return victim
         if not self._num_victims_left:
             self._rebuild()
@@ -179,17 +181,5 @@ class Checkpoints:
 
     def _worth(self, node: Node) -> float:
         """Tokens to compute again per byte that is freed, on top of the age at its last use."""
-        freed_bytes = self.slot_bytes + self._num_freed(node) * self.page_bytes
+        freed_bytes = self.slot_bytes + self.tree.num_freed(node) * self.page_bytes
         return node.clock + (node.position - previous_checkpoint(node)) / freed_bytes
-
-    def _num_freed(self, node: Node) -> int:
-        """Pages that are freed with a checkpoint: those on the way to it that only it needs."""
-        if node.children or node.tails:
-            return 0
-        is_in_use, step, count = self.tree.is_in_use, node, 0
-        while step.parent is not None and not is_in_use(step.page):
-            step = step.parent
-            count += 1
-            if step.state_slot or len(step.children) + len(step.tails) > 1:
-                break
-        return count

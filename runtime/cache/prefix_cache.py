@@ -194,23 +194,23 @@ class PrefixCache:
         """
         if not self.enabled:
             return node
-        size = self.page_size
-        first_page = node.position // size
-        for index in range(first_page, num_tokens // size):
-            start = index * size
-            tokens = tuple(token_ids[start : start + size])
-            known = self.tree.find(digests[index])
+        size, tree, has_state = self.page_size, self.tree, self._checkpoints.has_state
+        begin = node.position // size
+        words = tuple(token_ids[begin * size : num_tokens])
+        for index in range(begin, num_tokens // size):
+            start = (index - begin) * size
+            tokens = words[start : start + size]
+            known = tree.find(digests[index])
             if known is None:
-                known = self.tree.insert_page(node, digests[index], tokens, pages[index])
+                known = tree.insert_page(node, digests[index], tokens, pages[index])
             elif known.parent is not node or known.token_ids != tokens:
                 return node  # another page with the same digest: what follows stays unknown
             elif known.page != pages[index]:
                 self.pages.drop(pages[index])
                 pages[index] = self.pages.share(known.page)
             node = known
-            if not self._checkpoints.has_state and not node.state_slot:
-                slot = self.take_state_slot()
-                self._checkpoints.add_hit_point(node, slot)
+            if not has_state and not node.state_slot:
+                self._checkpoints.add_hit_point(node, self.take_state_slot())
         self._checkpoints.touch(node)
         return node
 
@@ -233,8 +233,9 @@ class PrefixCache:
 
     def take_page(self) -> int | None:
         """A page for the caller; None where all pages are in use."""
-        found = self.take_pages(1)
-        return found[0] if found else None
+        if self.pages.num_free:
+            return self.pages.take()
+        return next(iter(self.take_pages(1)), None)
 
     def take_pages(self, count: int) -> list[int]:
         """Pages for the caller; fewer where all others are in use."""
@@ -283,13 +284,12 @@ class PrefixCache:
         tail, and whose checkpoint went while the caller held the tail.
         """
         self.pages.drop_all(pages)
-        for page in reversed(pages):
-            self.tree.prune_from(page)
+        self.tree.prune_from(pages)
 
     def prove(self, path: Seq[Node], token_ids: Seq[int]) -> None:
         """Note that a sequence got its answer from what is cached of its tokens."""
-        for node in _with_tails(path, token_ids):
-            node.proven = True
+        for node in path:
+            node.prove(token_ids)
 
     def forget_unproven(self, path: Seq[Node], token_ids: Seq[int]) -> None:
         """Give up what a sequence that failed may have begun with, unless others got answers there.

@@ -7,23 +7,25 @@ node; one in the middle of a page hangs at a `tail`, a node of fewer tokens.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from tokenspeed_plan.runtime.cache.ref_counts import SharedSlots
 
+_NO_CHILDREN: dict[bytes, Node] = {}  # of each leaf; nobody writes it
 
-@dataclass(slots=True, eq=False)
+
+@dataclass(slots=True, eq=False, init=False)
 class Node:
     """A whole page with its tokens, or the first tokens of a page (a tail).
 
     `position` is the number of tokens up to its end. `state_slot` is the checkpoint there, 0 where
     there is none. `clock` is the cache's age when the node was last used. A node is `proven` once
     a sequence got its whole answer from what is cached up to here. Of the tokens up to its end
-    `num_returned` came back from a pool that answers, after what this pool had.
+    `num_returned` came back from a pool that answers, after what this pool had. Few have `tails`,
+    and whoever adds or removes one makes a new tuple.
     """
 
     parent: Node | None
@@ -31,17 +33,44 @@ class Node:
     token_ids: tuple[int, ...]
     position: int
     page: int
-    children: dict[bytes, Node] = field(default_factory=dict)
-    tails: list[Node] = field(default_factory=list)
-    state_slot: int = 0
-    clock: float = 0.0
-    proven: bool = False
-    num_returned: int = 0
+    children: dict[bytes, Node]
+    tails: tuple[Node, ...]
+    state_slot: int
+    clock: float
+    proven: bool
+    num_returned: int
+
+    def __init__(
+        self,
+        parent: Node | None,
+        digest: bytes,
+        token_ids: tuple[int, ...],
+        position: int,
+        page: int,
+    ) -> None:
+        # Each page of each prompt is one: a generated one, with its containers, takes 1.6 x.
+        self.parent = parent
+        self.digest = digest
+        self.token_ids = token_ids
+        self.position = position
+        self.page = page
+        self.children = _NO_CHILDREN
+        self.tails = ()
+        self.state_slot = 0
+        self.clock = 0.0
+        self.proven = False
+        self.num_returned = 0
 
     @property
     def is_leaf(self) -> bool:
         """Whether nothing goes on from here."""
         return not self.children and not self.tails
+
+    def prove(self, token_ids: Seq[int]) -> None:
+        """Note that a sequence of these tokens, which goes on from here, got its answer."""
+        self.proven = True
+        for tail in self.tails:
+            tail.proven |= tail.matches(token_ids)
 
     def matches(self, token_ids: Seq[int]) -> bool:
         """Whether a sequence has this node's tokens at its position; digests can collide."""
@@ -68,7 +97,7 @@ class PrefixTree:
         self._watch: PageWatch | None = None
         self._pages = pages
         self._index: dict[bytes, Node] = {}
-        self._nodes_on_page = Counter[int]()
+        self._nodes_on_page = [0] * len(pages.counts)
         self._whole: dict[int, Node] = {}
 
     def __len__(self) -> int:
@@ -109,6 +138,8 @@ class PrefixTree:
         position = parent.position + len(token_ids)
         node = Node(parent, digest, token_ids, position, page)
         self._index[digest] = self._whole[page] = node
+        if not parent.children:
+            parent.children = {}
         parent.children[digest] = node
         self._hold(node)
         if self._watch is not None:
@@ -122,17 +153,34 @@ class PrefixTree:
                 return tail
         position = parent.position + len(token_ids)
         tail = Node(parent, b"", token_ids, position, page)
-        parent.tails.append(tail)
+        parent.tails += (tail,)
         self._hold(tail)
         return tail
 
-    def prune_from(self, page: int) -> None:
-        """Free what only the holder of a page needed, who has dropped it."""
-        self.prune(self._whole.get(page))
+    def prune_from(self, pages: Seq[int]) -> None:
+        """Free what only the holder of pages needed, who has dropped them, the last one first."""
+        for page in reversed(pages):
+            node = self._whole.get(page)
+            if node is not None and not (node.state_slot or node.children or node.tails):
+                self.prune(node)
 
     def is_in_use(self, page: int) -> bool:
         """Whether a running sequence holds a page, too."""
         return self._pages.counts[page] > self._nodes_on_page[page]
+
+    def num_freed(self, node: Node) -> int:
+        """Pages that are freed with a checkpoint: those on the way to it that only it needs."""
+        if node.children or node.tails:
+            return 0
+        # The way is as long as the prompt, and each victim costs some: no call is made on it.
+        holders, num_nodes, count = self._pages.counts, self._nodes_on_page, 0
+        page, parent = node.page, node.parent
+        while parent is not None and holders[page] <= num_nodes[page]:
+            count += 1
+            if parent.state_slot or len(parent.children) + len(parent.tails) > 1:
+                break
+            page, parent = parent.page, parent.parent
+        return count
 
     def prune(self, node: Node | None) -> None:
         """Free the pages from a node towards the root that no checkpoint and no sequence needs."""
@@ -156,7 +204,7 @@ class PrefixTree:
             if self._watch is not None:
                 self._watch.removed(node)
         else:
-            parent.tails.remove(node)
+            parent.tails = tuple(tail for tail in parent.tails if tail is not node)
         self._nodes_on_page[node.page] -= 1
 
 

@@ -9,12 +9,13 @@ class SharedSlots:
     """Slots with reference counts: a slot is free again when its last holder drops it.
 
     Attributes:
-        counts: the holders of each slot.
+        counts: the holders of each slot, by its number; 0 where there is no such slot.
     """
 
     def __init__(self, slots: Iterable[int]) -> None:
-        self.counts = dict.fromkeys(slots, 0)
-        self._free = list(reversed(self.counts))
+        self._slots = tuple(slots)
+        self.counts = [0] * (max(self._slots, default=0) + 1)
+        self._free = list(reversed(self._slots))
 
     @property
     def num_free(self) -> int:
@@ -27,10 +28,10 @@ class SharedSlots:
         return list(self._free)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.counts)
+        return iter(self._slots)
 
     def __len__(self) -> int:
-        return len(self.counts)
+        return len(self._slots)
 
     def holders(self, slot: int) -> int:
         """Number of holders of a slot."""
@@ -50,7 +51,8 @@ class SharedSlots:
         free = self._free
         found = free[: -most - 1 : -1]
         del free[len(free) - len(found) :]
-        self.counts.update(dict.fromkeys(found, 1))
+        for slot in found:
+            self.counts[slot] = 1
         return found
 
     def share(self, slot: int) -> int:

@@ -127,8 +127,9 @@ class Admission:
         last_page_start = (len(sequence.token_ids) - 1) // size * size
         first = sequence.digests[:1]
         for other in self.running:
-            if other.digests[:1] != first:
-                continue  # as most have nothing in common
+            # Most are past that already, or have nothing in common.
+            if other.num_computed >= last_page_start or other.digests[:1] != first:
+                continue
             shared_pages = num_common(sequence.digests, other.digests)
             position = min(shared_pages * size, last_page_start)
             is_ahead = other.number < sequence.number and other.num_computed < position
@@ -143,7 +144,10 @@ class Admission:
             return False
         shared_pages = hit.num_tokens // self._limits.page_size
         new_pages = self._memory.num_pages(sequence) - shared_pages
-        num_left = len(self._cache.pages) - new_pages - len(self.running)
+        pages = self._cache.pages
+        num_left = len(pages) - new_pages - len(self.running)
+        if len(pages) - pages.num_free <= num_left:
+            return True  # even if all that the cache has is in use
         taken = self._reserved.pages() | {node.page for node in path_to(hit.checkpoint)}
         copied = {other.copy_from for other in self.running if other.copy_from is not None}
         held = [other.pages for other in self.running]

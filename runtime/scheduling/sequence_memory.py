@@ -36,6 +36,8 @@ class SequenceMemory:
         self, plan: Plan, metrics: Metrics, cache: bool, mover: SlotMover | None = None
     ) -> None:
         self.limits: Limits = plan.pool.limits
+        self._max_depth = self.limits.max_depth
+        self._in_place = self.limits.in_place
         self.note_end: NoteEnd = lambda checkpoint, sequence: None
         self.decodes = any(program.phase == "decode" for program in plan.pool.programs)
         self.cache = PrefixCache(
@@ -64,7 +66,7 @@ class SequenceMemory:
 
         Each has its share of them, unless it has one in all: others may hold those of their hits.
         """
-        return not self.limits.in_place or self.cache.has_spare_state_slot(hit)
+        return not self._in_place or self.cache.has_spare_state_slot(hit)
 
     def start(self, sequence: Sequence, hit: Hit) -> None:
         """Give a sequence the pages of its hit, pages for other tokens, and its own state slots."""
@@ -98,7 +100,7 @@ class SequenceMemory:
         page = self.cache.take_page()
         if page is None:
             return False
-        reach = len(sequence.token_ids) + sequence.num_ahead + self.limits.max_depth
+        reach = len(sequence.token_ids) + sequence.num_ahead + self._max_depth
         num_slots = len(sequence.pages) * self.limits.page_size
         sequence.pages_version += num_slots < min(reach, sequence.max_len)
         sequence.pages.append(page)
@@ -109,7 +111,7 @@ class SequenceMemory:
 
         A draft without a page is not accepted.
         """
-        length = len(sequence.token_ids) + 2 * self.limits.max_depth + 1
+        length = len(sequence.token_ids) + 2 * self._max_depth + 1
         length = min(length, sequence.max_len)
         while len(sequence.pages) * self.limits.page_size < length:
             if not self.add_page(sequence):
@@ -125,7 +127,7 @@ class SequenceMemory:
         """
         known = len(sequence.token_ids) + sequence.num_ahead
         needed = min(known, sequence.max_len)
-        wanted = min(known + 2 * self.limits.max_depth + 1, sequence.max_len)
+        wanted = min(known + 2 * self._max_depth + 1, sequence.max_len)
         while len(sequence.pages) * self.limits.page_size < wanted:
             if not self.add_page(sequence):
                 return len(sequence.pages) * self.limits.page_size >= needed
@@ -145,7 +147,7 @@ class SequenceMemory:
         if owns_state:
             room = len(sequence.pages) * self.limits.page_size
             if room < sequence.max_len:
-                room -= 3 * self.limits.max_depth + 2
+                room -= 3 * self._max_depth + 2
             sequence.ready_len = min(sequence.max_len - 2, room)
         return True
 
@@ -162,7 +164,7 @@ class SequenceMemory:
 
         Where states are written in place, that is also the one that it writes.
         """
-        if self.limits.in_place and sequence.own_slots != [sequence.state_slot]:
+        if self._in_place and sequence.own_slots != [sequence.state_slot]:
             return False
         return self.cache.state_slots.holders(sequence.state_slot) == 1
 
@@ -179,7 +181,7 @@ class SequenceMemory:
             sequence.num_kept = count
         elif not is_prefill:
             column = count - 1  # a decode step has written a state slot for each token
-        if self.limits.in_place:
+        if self._in_place:
             go_on_in_place(self.cache, sequence)
             if is_prefill:
                 self._keep_prefix(sequence)
@@ -240,7 +242,7 @@ class SequenceMemory:
 
         Where its numbers are wrong, the cache keeps only what others got answers from.
         """
-        if sequence.num_ahead and has_state and self.limits.in_place:
+        if sequence.num_ahead and has_state and self._in_place:
             self._catch_up(sequence)
         sequence.num_computed = sequence.state_len
         sequence.num_kept = 0

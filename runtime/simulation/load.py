@@ -7,6 +7,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Protocol
 
 from tokenspeed_plan.runtime.request import Completion, Request, SamplingParams
@@ -103,8 +104,8 @@ class Users:
         name = f"sim-{next(self._count)}"
         self._open[name] = talk
         output = talk.turns.outputs[talk.num_done]
-        params = SamplingParams(max_tokens=output, ignore_eos=True)
-        return Arrival(time_s, Request(name, tuple(talk.token_ids), params), talk.digests)
+        request = Request(name, tuple(talk.token_ids), params_of(output))
+        return Arrival(time_s, request, talk.digests)
 
     def answered(self, completion: Completion, now_s: float) -> None:
         """The user goes on after a while, or ends the conversation and begins another."""
@@ -127,6 +128,12 @@ class Users:
 
     def _push(self, time_s: float, talk: _Talk) -> None:
         heapq.heappush(self._due, (time_s, next(self._count), talk))
+
+
+@cache
+def params_of(output: int) -> SamplingParams:
+    """For so many tokens; all such requests share them."""
+    return SamplingParams(max_tokens=output, ignore_eos=True)
 
 
 def own_tokens(number: int, count: int, vocab_size: int) -> list[int]:

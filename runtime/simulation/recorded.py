@@ -11,8 +11,8 @@ from pathlib import Path
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.lengths_file import json_object, length_of
 from tokenspeed_plan.plans.text import read_utf8
-from tokenspeed_plan.runtime.request import Completion, Request, SamplingParams
-from tokenspeed_plan.runtime.simulation.load import Arrival, own_tokens
+from tokenspeed_plan.runtime.request import Completion, Request
+from tokenspeed_plan.runtime.simulation.load import Arrival, own_tokens, params_of
 
 HINT = 'give lines such as {"arrival_s": 0.25, "prompt_tokens": 812, "output_tokens": 190}'
 MAX_ARRIVAL_S = 1e9
@@ -91,7 +91,7 @@ class Recorded:
         row = self._rows.popleft()
         ids = tuple(own_tokens(self._count, row.prompt_tokens, self._vocab_size))
         self._count += 1
-        params = SamplingParams(max_tokens=row.output_tokens, ignore_eos=True)
+        params = params_of(row.output_tokens)
         return Arrival(row.arrival_s, Request(f"sim-{self._count}", ids, params))
 
     def answered(self, completion: Completion, now_s: float) -> None:

@@ -12,8 +12,9 @@ One that could sleep stays awake while others sleep, so that the scheduler has s
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from tokenspeed_plan.plans.schema import Plan
@@ -71,7 +72,7 @@ class Sleepers:
     @property
     def next_due(self) -> float:
         """The number of steps after which one must wake."""
-        return self._due[0][0] if self._due else float("inf")
+        return self._due[0][0] if self._due else math.inf
 
     def add(self, sequence: Sequence, limit: int) -> None:
         """Let a sequence sleep until it has more than so many tokens."""
@@ -369,4 +370,4 @@ def _list(in_flight: InFlightBatch, awake: tuple[Sequence, ...]) -> None:
     assert isinstance(batch, ShortBatch)
     asleep = batch.num_asleep + len(batch.sequences) - num_listed
     counts = (1,) * num_listed
-    in_flight.batch = replace(batch, sequences=awake, counts=counts, num_asleep=asleep)
+    in_flight.batch = ShortBatch(batch.program, awake, counts, asleep, batch.known_asleep)
