@@ -308,7 +308,7 @@ def main() -> int:
     mode.set_defaults(run=run_scale)
     mode.add_argument("bundle", type=Path)
     mode.add_argument("--rows", type=int, default=1000, help="Of as many engines as cores, each.")
-    mode.add_argument("--shards", type=int, default=12, help="Of each engine.")
+    mode.add_argument("--shards", type=int, default=4, help="Of each engine.")
     mode.add_argument("--max-tokens", type=int, default=64, help="The longest answer.")
     mode.add_argument("--engines", type=int, nargs="+", default=[1, 2, 4])
     mode.add_argument("--rounds", type=int, default=2)

@@ -65,7 +65,7 @@ LIBRARIES = {"flash_attn_3", "flashinfer"}
 # Limits of size, in statements: what one process of the runtime can load, and the other floors.
 # They are about 15 % above what there is. Raise one in the commit that needs the room, and say why.
 RUNTIME_ENTRIES = ("tokenspeed_plan.runtime.engine", "tokenspeed_plan.runtime.serving.http")
-MAX_STATEMENTS = {"runtime": 14500, "planner": 11900, "codegen": 1850}
+MAX_STATEMENTS = {"runtime": 14600, "planner": 12400, "codegen": 1850}
 MAX_FUNCTION_LINES = 60
 MAX_CLASS_LINES = 250
 # Limits of density. Lines must not be saved by writing more into each of them.

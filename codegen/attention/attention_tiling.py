@@ -90,7 +90,8 @@ def _constants(work: Work) -> dict[str, Constant]:
 def _decode(work: Work) -> list[Tiling]:
     """Few sequences would leave most of a GPU idle, so their keys are split.
 
-    The depth of a tile is the number of splits for each multiprocessor.
+    The depth of a tile is the number of splits for each multiprocessor; 0: two groups at most, whose
+    merge leaves registers to many queries.
     """
     constants = _constants(work)
     queries = work.query_len * int(constants["GROUP"])
@@ -106,7 +107,8 @@ def _decode_tiles(work: Work, block_g: int) -> list[Tile]:
         return [Tile(1, 64, 1, 8, 1)]
     later = Tile(1, 64, 1, 8, 2)
     if block_g >= MANY_QUERIES:
-        return [Tile(1, 32, 1, 8, 3), later, Tile(1, 32, 1, 8, 2), Tile(1, 16, 1, 8, 2)]
+        smaller = [Tile(1, 32, 1, 8, 2), Tile(1, 16, 1, 8, 2), Tile(1, 16, 0, 8, 2)]
+        return [Tile(1, 32, 1, 8, 3), later, *smaller]
     if _wide(work) and block_g > MMA_ROWS:  # what is converted needs registers
         return [Tile(1, 64, 1, 8, 3), Tile(1, 32, 1, 8, 2), Tile(1, 16, 1, 8, 2)]
     stages = 2 if block_g == MMA_ROWS else 3
@@ -116,6 +118,8 @@ def _decode_tiles(work: Work, block_g: int) -> list[Tile]:
 def _decode_tiling(work: Work, tile: Tile, constants: dict[str, Constant], queries: int) -> Tiling:
     kv_heads, pages = int(constants["KV"]), int(constants["PAGES"])
     splits = num_splits(work, kv_heads, pages, max(tile.k, 1))
+    if tile.k == 0:
+        splits = min(splits, 2 * GROUP_SIZE)
     grouping, scratch = _split_groups(work, constants, queries, splits)
     return Tiling(
         template="attention_decode",

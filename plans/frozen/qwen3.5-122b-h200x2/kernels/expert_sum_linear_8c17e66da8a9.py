@@ -1,0 +1,73 @@
+"""expert_sum_linear
+
+expert_sum: y[t] = sum_j weights[t, j] d[t, j]
+linear: y = x w^T, split into columns of the sizes `splits`
+gated_add: y = r + x * sigmoid(g), g one scalar for each token
+Source: a product that reads each weight once
+
+Grid: (block of columns, block of tokens). One program computes BLOCK_M x BLOCK_N of the result,
+on the tensor cores, BLOCK_K of the depth at a time.
+K columns of x, N of the result; `m` counts tokens, `n` columns, `k` the depth, `row` rows of x.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def expert_sum_linear(
+    expert_sum_d,  # input, bf16 [num_tokens, 24576]
+    expert_sum_weights,  # input, bf16 [num_tokens, 8]
+    linear_x,  # input, bf16 [num_tokens, 512]
+    gated_add_g,  # input, bf16 [num_tokens, 1]
+    linear_w,  # weight, bf16 [3072, 512]
+    gated_add_y,  # output, bf16 [num_tokens, 3072]
+    num_tokens,  # i32
+    num_seqs,  # i32
+):
+    BLOCK_K: tl.constexpr = 256
+    BLOCK_M: tl.constexpr = 32
+    BLOCK_N: tl.constexpr = 16
+    K: tl.constexpr = 512
+    N: tl.constexpr = 3072
+    PRECISION: tl.constexpr = 'tf32'
+    STAGES: tl.constexpr = 4
+    TOP_K: tl.constexpr = 8
+    tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start
+    tl.extra.cuda.gdc_wait()  # results of earlier kernels are visible
+
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_ok = m < num_tokens
+    row = m
+    n = tl.arange(0, BLOCK_N)  # columns of this program, from its first
+    first = tl.program_id(0) * BLOCK_N
+    n_ok = first + n < N
+    weight = linear_w + first.to(tl.int64) * K
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = k0 + tl.arange(0, BLOCK_K)
+        a = tl.load(
+            linear_x + row[:, None] * K + k[None, :],
+            mask=m_ok[:, None],
+            other=0.0,
+        )
+
+        x_tile = a
+        w_tile = tl.load(
+            weight + n[:, None] * K + k[None, :],
+            mask=n_ok[:, None],
+            other=0.0,
+        )
+        acc = tl.dot(x_tile, tl.trans(w_tile), acc, input_precision=PRECISION)
+    out = acc
+    col = first + n
+    ok = m_ok[:, None] & n_ok[None, :]
+    offsets = m[:, None] * N + col[None, :]
+    out *= tl.sigmoid(tl.load(gated_add_g + m, mask=m_ok, other=0.0).to(tl.float32))[:, None]
+    for j in range(TOP_K):
+        share = tl.load(expert_sum_weights + m * TOP_K + j, mask=m_ok, other=0.0).to(tl.float32)
+        routed = tl.load(
+            expert_sum_d + (m * TOP_K + j)[:, None] * N + col[None, :], mask=ok, other=0.0
+        )
+        out += share[:, None] * routed.to(tl.float32)
+    tl.store(gated_add_y + offsets, out, mask=ok)
