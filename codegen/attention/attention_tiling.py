@@ -90,8 +90,8 @@ def _constants(work: Work) -> dict[str, Constant]:
 def _decode(work: Work) -> list[Tiling]:
     """Few sequences would leave most of a GPU idle, so their keys are split.
 
-    The depth of a tile is the number of splits for each multiprocessor; 0: two groups at most, whose
-    merge leaves registers to many queries.
+    The depth of a tile is the number of splits for each multiprocessor; 0: two groups at most,
+    whose merge leaves registers to many queries.
     """
     constants = _constants(work)
     queries = work.query_len * int(constants["GROUP"])
