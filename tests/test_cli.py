@@ -63,7 +63,7 @@ SURFACE = {
         "as_json",
     },
     "sweep": {"spec", "gpus", "counts", "changes", "reserved", "rows", "deadline", "as_json"},
-    "calibrate": {"out", "base", "device", "from_history"},
+    "calibrate": {"out", "base", "device", "from_history", "from_samples", "plans", "samples"},
     "diff": {"old", "new", "as_json"},
     "check": {"bundle", "weights", "canary", *SIGNERS},
     "sign": {"bundle", "key"},

@@ -83,6 +83,8 @@ def test_one_gpu_counts_its_launches(speculation: str) -> None:
         # From 4 rows on norms are launches of their own: fewer launches were measured to take
         # longer there.
         most = 6.5 if program.max_tokens <= 2 else 8
+        if program.max_tokens > 16:
+            most = 12  # experts are sorted, and norms and sums of experts are launches
         assert program.launches / (plan.num_layers + program.depth) <= most
 
 

@@ -244,7 +244,7 @@ def _make(name: str, work: Work, profile: Path, target: Path, key: str) -> None:
     bundle, chosen = prove(parts, default_cache())
     save_plan(bundle.plan, target, bundle.sources, bundle.cubins)
     found = [_roofs(parts, chosen, batch) for batch in work.batches]
-    text = json.dumps({"made_for": key, "roofs": found}, indent=1)
+    text = json.dumps({"made_for": key, "roofs": found}, indent=1, allow_nan=False)
     (target / ROOFS).write_text(text, encoding="utf-8")
 
 

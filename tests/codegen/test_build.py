@@ -756,7 +756,7 @@ def is_prefill_attention(kernel: KernelSpec) -> bool:
     return kernel.launch is not None and kernel.launch.template == "attention_prefill"
 
 
-@pytest.mark.parametrize("bucket", [1024, 2048])
+@pytest.mark.parametrize("bucket", [1024, 4176])
 def test_products_of_many_rows_fill_the_machine(bucket: int) -> None:
     """Also those with few columns, such as a router's: their tiles are smaller."""
     plan = load_plan(ROOT / "plans/frozen/qwen3.5-122b-h200x2")

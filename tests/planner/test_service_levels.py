@@ -89,11 +89,11 @@ def test_a_limit_that_does_not_help_is_not_set_and_a_page_is_a_warning() -> None
     assert out_of_reach.predicted.values == free.predicted.values
     assert decisions["service_levels"].value == "missed"
     agents = {"kind": "agentic"}
-    page, _ = decided_for(slo={"tpot_ms": 1.55}, workload=agents)
+    page, _ = decided_for(slo={"tpot_ms": 1.4}, workload=agents)
     assert page.interleaving.tokens == page.knobs.page_size
     assert "warning: one page" in page.interleaving.reason
     ttft_ms = decided_for(workload=agents)[0].predicted.values["ttft_ms"]
-    both, _ = decided_for(slo={"tpot_ms": 1.55, "ttft_ms": 1.1 * ttft_ms}, workload=agents)
+    both, _ = decided_for(slo={"tpot_ms": 1.4, "ttft_ms": 1.1 * ttft_ms}, workload=agents)
     assert both.interleaving.tokens is None, "first tokens would miss theirs by more"
     alone, _ = decided_for(slo={"tpot_ms": 0.01}, workload={"concurrency": 1})
     assert alone.interleaving.tokens is None
