@@ -566,9 +566,13 @@ def _tile(member: _Member, rows: int, num_sms: int) -> tuple[int, int, int]:
     return *filling_tile(rows, member.columns, num_sms), 1
 
 
+def _tile_rows(rows: float, large: int) -> int:
+    return 16 if rows <= 16 else 64 if rows <= 64 else large
+
+
 def _filled_by_whole(rows: int, columns: int, num_sms: int) -> float:
     """With tiles of 128 columns, however few there are."""
-    m = 16 if rows <= 16 else 64 if rows <= 64 else 128
+    m = _tile_rows(rows, 128)
     padded = math.ceil(rows / m) * m
     return rows / padded * _of_waves(math.ceil(padded / m * columns / 128), num_sms)
 
@@ -582,7 +586,7 @@ def _filled_by_experts(
     """
     groups = max(experts.hits(num_tokens, skew), 1.0)
     rows = num_tokens * experts.per_token / experts.ways / groups
-    tile = 16 if rows <= 16 else 64 if rows <= 64 else large
+    tile = _tile_rows(rows, large)
     padded = tile * mean_tiles(float(f"{rows:.3g}"), tile)
     tiles = math.ceil(groups * padded / tile * member.columns / 128)
     return rows / padded * _of_waves(tiles, num_sms)
